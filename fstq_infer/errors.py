@@ -1,0 +1,87 @@
+"""The errors a user can meet: one shallow tree under :class:`FstqError`.
+
+Every message says what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FstqError(ValueError):
+    """Base of every error raised on purpose by this toolkit."""
+
+
+class MissingExtraError(FstqError):
+    """An optional part is not installed; the message holds the exact install command."""
+
+    def __init__(self, needed_for: str, module: str, extra: str) -> None:
+        super().__init__(
+            f"{needed_for} needs the Python module '{module}', which is not installed. Install it with: pip install 'fstq-infer[{extra}]'"
+        )
+
+
+class BundleError(FstqError):
+    """A bundle cannot be read or written; subclasses say why."""
+
+
+class BundleNotFoundError(BundleError):
+    """The path holds no bundle."""
+
+
+class ManifestError(BundleError):
+    """manifest.json is missing a field, has a wrong type or is no JSON."""
+
+
+class BundleVersionError(BundleError):
+    """The bundle was written in another format version."""
+
+
+class BundlePathError(BundleError):
+    """A file name in the manifest leaves the bundle, is a link or is not allowed."""
+
+
+class BundleSizeError(BundleError):
+    """A file is larger than allowed, or not as large as the manifest says."""
+
+
+class BundleChecksumError(BundleError):
+    """A file's content does not match its checksum."""
+
+
+class BundleExistsError(BundleError):
+    """The output path exists already."""
+
+
+class CalibrationDataError(FstqError):
+    """A calibration file has a bad line; the message names file and line."""
+
+
+class UnsupportedModelError(FstqError):
+    """The model's architecture, or a part of it, is not supported; the message names it."""
+
+
+class ExportError(FstqError):
+    """An export cannot go on."""
+
+
+class VerificationError(ExportError):
+    """The exported graph does not compute what the reference does; the message says from which layer on."""
+
+
+class EngineError(FstqError):
+    """An engine cannot be built, loaded or run."""
+
+
+class EngineMismatchError(EngineError):
+    """An engine was built for another bundle, backend or device; the message holds the rebuild command."""
+
+
+class ParityError(EngineError):
+    """A built engine does not compute what its bundle does."""
+
+
+class PromptError(FstqError):
+    """A prompt is empty, too long or otherwise unusable."""
+
+
+class OptionError(FstqError):
+    """An option's name or value is not accepted."""

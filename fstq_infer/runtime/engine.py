@@ -1,0 +1,65 @@
+"""What a backend has to offer to the runtime: the engine protocol. Knows graph contract 1, no backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One pruning stage: before decoder layer ``layer``; the first ``sink`` and last ``window`` tokens always stay."""
+
+    layer: int
+    sink: int
+    window: int
+
+
+class Cache(Protocol):
+    """Keys, values and positions of one batch; immutable, so that one cache can be continued in several ways."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by keys and values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Result of one call.
+
+    logits: (batch, vocab) float32 of each row's last token.
+    kept: for each stage, (batch, kept) columns of the call's ids that stayed, -1 for padding.
+    cache: what the next call continues from.
+    """
+
+    logits: Float32
+    kept: tuple[Int64, ...]
+    cache: Any
+
+
+class Engine(Protocol):
+    """A loaded engine. One engine may serve many caches; calls are not concurrent."""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The graph's pruning stages, in layer order."""
+
+    @property
+    def max_positions(self) -> int:
+        """Longest context in tokens, generated ones included."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+
+    def empty_cache(self, batch: int) -> Cache:
+        """A cache without tokens for ``batch`` rows."""
+
+    def forward(self, input_ids: Int64, position_ids: Int64, keep: Int64, cache: Cache) -> Step:
+        """Run one call: ids and positions (batch, sequence), keep (batch, stages); see docs/bundle-format.md."""
