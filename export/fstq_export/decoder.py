@@ -1,0 +1,57 @@
+"""From a checkpoint to the bundle's graph: the dense decoder by mobius-onnx, then our passes in order."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+from mobius import build as mobius_build
+
+from fstq_export.passes.last_token import LastTokenLogits
+from fstq_export.passes.positions import KeyPositions
+from fstq_export.passes.pruning import PruneStage, TokenPruning
+from fstq_export.passes.rotary import RotaryTables
+from fstq_export.passes.tied_head import TiedHead
+from fstq_export.reference import rotary_module
+from fstq_export.source import Source
+from fstq_infer.errors import ExportError, FstqError, UnsupportedModelError
+
+GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
+DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_log = logging.getLogger(__name__)
+
+
+def build_graph(source: Source, dtype: str, stages: Sequence[PruneStage]) -> ir.Model:
+    """The whole graph of docs/bundle-format.md. Raises UnsupportedModelError naming architecture and reason."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            package = mobius_build(str(source.folder), task="text-generation", dtype=DTYPES[dtype], execution_provider="onnx-standard")
+        model = package["model"]
+    except Exception as error:  # the exporter raises whatever its model code meets; all of it means: not this model
+        raise UnsupportedModelError(f"{source.architecture} ({source.config.model_type}) cannot be built: {error}") from error
+    tied = bool(getattr(source.config, "tie_word_embeddings", False))
+    rotary = RotaryTables(rotary_module(source.config), getattr(source.config, "layer_types", None))
+    passes = (rotary, KeyPositions(source.windows), TokenPruning(stages, source.windows), LastTokenLogits(), TiedHead(tied))
+    for step in passes:
+        try:
+            step(model)
+        except FstqError as error:
+            raise type(error)(f"{source.architecture}: {error}") from error
+        except Exception as error:
+            reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+            raise UnsupportedModelError(f"{source.architecture}: pass {type(step).__name__} failed ({reason})") from error
+    if rotary.replaced:
+        _log.info("rotary tables mended from the model's own: %s", ", ".join(rotary.replaced))
+    return model
+
+
+def save(model: ir.Model, folder: Path) -> None:
+    """Write model.onnx and model.onnx.data; the disk's errors come out as ExportError."""
+    try:
+        ir.save(model, folder / GRAPH, external_data=WEIGHTS)
+    except OSError as error:
+        raise ExportError(f"the graph could not be written to {folder}: {error}") from error

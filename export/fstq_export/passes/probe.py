@@ -1,0 +1,158 @@
+"""The probe as graph nodes: scores of the current tokens from layer inputs, embeddings, window attention and token ids.
+
+Mirrors :class:`fstq_infer.fisher.probe.Probe` step by step; export verifies that both keep the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from fstq_export.passes.positions import visible
+from fstq_export.passes.scope import Emit
+from fstq_infer.errors import UnsupportedModelError
+
+NEGATIVE = -1e4
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens that enter a stage: ids, positions and columns (B, S) int64, valid (B, S) bool, hidden and embedded (B, S, D)."""
+
+    ids: ir.Value
+    positions: ir.Value
+    valid: ir.Value
+    hidden: ir.Value
+    embedded: ir.Value
+
+
+def window_attention(emit: Emit, attention: ir.Node, tokens: Tokens, window: int, sliding: int | None) -> ir.Value:
+    """(B, H, W, S) weights of the last W queries over the current tokens, from the inputs of an Attention node (B, S, heads * d)."""
+    query, key = attention.inputs[0], attention.inputs[1]
+    past = attention.inputs[4] if len(attention.inputs) > 4 else None
+    attributes = attention.attributes
+    if query is None or key is None or past is None or past.shape is None or "q_num_heads" not in attributes:
+        raise UnsupportedModelError(f"{attention.name}: expected queries of shape (batch, tokens, heads * width) and a key cache")
+    heads, groups = attributes["q_num_heads"].as_int(), attributes["kv_num_heads"].as_int()
+    width = int(past.shape[3])  # type: ignore[call-overload]
+    scale = attributes["scale"].as_float() if "scale" in attributes else width**-0.5
+    query, key = _float(emit, query), _float(emit, key)
+    q = emit("Slice", query, emit.ints(-window), emit.ints(2**62), emit.ints(1))
+    q = emit("Reshape", q, emit.ints(0, -1, groups, heads // groups, width))
+    q = emit("Transpose", q, perm=[0, 2, 3, 1, 4])
+    q = emit("Reshape", q, emit.ints(0, groups, -1, width))
+    k = emit("Transpose", emit("Reshape", key, emit.ints(0, -1, groups, width)), perm=[0, 2, 3, 1])
+    logits = emit("Mul", emit("MatMul", q, k), emit.const(np.array(scale, np.float32)))
+    if "softcap" in attributes and (cap := attributes["softcap"].as_float()):
+        capped = emit("Tanh", emit("Div", logits, emit.const(np.array(cap, np.float32))))
+        logits = emit("Mul", capped, emit.const(np.array(cap, np.float32)))
+    last = emit("Slice", tokens.positions, emit.ints(-window), emit.ints(2**62), emit.ints(1))
+    seen = emit("Unsqueeze", visible(emit, last, tokens.positions, sliding), emit.ints(1))
+    rows = emit("Shape", last, start=1, end=2)
+    columns = emit("Shape", tokens.positions, start=1, end=2)
+    batch = emit("Shape", tokens.positions, start=0, end=1)
+    logits = emit("Reshape", logits, emit("Concat", batch, emit.ints(heads), rows, columns, axis=0))
+    logits = emit("Where", seen, logits, emit.const(np.array(-1e9, np.float32)))
+    return emit("Softmax", logits, axis=-1)
+
+
+def lexical(emit: Emit, tokens: Tokens, window: int) -> ir.Value:
+    """(B, 3, S): does the window hold this token (over its count in the prompt), this bigram, this trigram."""
+    # 0/1 arithmetic throughout: boolean ops of that shape are slower, and shifting is a Pad.
+    last = emit("Slice", tokens.ids, emit.ints(-window), emit.ints(2**62), emit.ints(1))
+    valid = _float(emit, tokens.valid)
+    last_valid = emit("Slice", valid, emit.ints(-window), emit.ints(2**62), emit.ints(1))
+    ids_column = emit("Unsqueeze", tokens.ids, emit.ints(1))
+    same = _float(emit, emit("Equal", emit("Unsqueeze", last, emit.ints(2)), ids_column))
+    inside = emit("Mul", emit("Unsqueeze", last_valid, emit.ints(2)), emit("Unsqueeze", valid, emit.ints(1)))
+    size = emit("Shape", tokens.ids, start=1, end=2)
+    column = emit("Range", emit("Squeeze", emit.ints(0)), emit("Squeeze", size), emit("Squeeze", emit.ints(1)))
+    outside = _float(emit, emit("Less", column, emit("Sub", size, emit.ints(window))))
+    uni = emit("Mul", emit("Mul", same, inside), outside)
+
+    def after(matches: ir.Value) -> ir.Value:
+        """Matches moved one on in both the window and the prompt: the predecessor pair matched too."""
+        moved = emit("Pad", matches, emit.ints(0, 1, 1, 0, 0, 0))
+        return emit("Slice", moved, emit.ints(0, 0), emit.ints(-1, -1), emit.ints(1, 2))
+
+    bi = emit("Mul", uni, after(uni))
+    tri = emit("Mul", bi, after(bi))
+    equal = _float(emit, emit("Equal", emit("Unsqueeze", tokens.ids, emit.ints(2)), ids_column))
+    count = emit("ReduceSum", emit("Mul", equal, emit("Unsqueeze", valid, emit.ints(1))), emit.ints(2), keepdims=0)
+    count = emit("Max", count, emit.const(np.array(1, np.float32)))
+    features = [emit("Div", _amax(emit, uni), count), _amax(emit, bi), _amax(emit, tri)]
+    return emit("Concat", *(emit("Unsqueeze", f, emit.ints(1)) for f in features), axis=1)
+
+
+def _amax(emit: Emit, x: ir.Value) -> ir.Value:
+    return emit("ReduceMax", x, emit.ints(1), keepdims=0)
+
+
+def _float(emit: Emit, x: ir.Value) -> ir.Value:
+    return x if x.dtype == ir.DataType.FLOAT else emit("Cast", x, to=int(ir.DataType.FLOAT))
+
+
+def _rms(emit: Emit, x: ir.Value, width: int) -> ir.Value:
+    return emit("RMSNormalization", _float(emit, x), emit.const(np.ones(width, np.float32)), axis=-1, epsilon=1e-6)
+
+
+def probe_scores(
+    emit: Emit, prefix: str, weights: Mapping[str, NDArray[np.float32]], tokens: Tokens, attention: ir.Node, window: int, sliding: int | None
+) -> ir.Value:
+    """(B, S) float32 scores of the current tokens. ``weights`` is ``Probe.arrays()``."""
+
+    def weight(name: str) -> ir.Value:
+        return emit.weight(f"{prefix}.{name}", weights[name])
+
+    heads, rank, width = weights["query.weight"].shape[0], weights["query.weight"].shape[1], weights["query.weight"].shape[2] // 2
+    x = emit("Concat", _rms(emit, tokens.hidden, width), _rms(emit, tokens.embedded, width), axis=-1)
+    valid = _float(emit, tokens.valid)
+    row_valid = emit("Slice", valid, emit.ints(-window), emit.ints(2**62), emit.ints(1))
+
+    def project(name: str, states: ir.Value) -> ir.Value:
+        """(B, n, 2D) -> (B, heads, n, rank)."""
+        matrix = emit.weight(f"{prefix}.{name}.matrix", np.ascontiguousarray(weights[f"{name}.weight"].reshape(heads * rank, -1).T))
+        flat = emit("Add", emit("MatMul", states, matrix), emit.weight(f"{prefix}.{name}.bias", weights[f"{name}.bias"].reshape(-1)))
+        return emit("Transpose", emit("Reshape", flat, emit.ints(0, -1, heads, rank)), perm=[0, 2, 1, 3])
+
+    q = project("query", emit("Slice", x, emit.ints(-window), emit.ints(2**62), emit.ints(1)))
+    k = project("key", x)
+    match = emit("MatMul", q, emit("Transpose", k, perm=[0, 1, 3, 2]))
+    match = emit("Mul", match, emit.const(np.array(rank**-0.5, np.float32)))
+    rows = emit("Unsqueeze", row_valid, emit.ints(1, 3))
+    one = emit.const(np.array(1, np.float32))
+    match = emit("Add", match, emit("Mul", emit("Sub", rows, one), emit.const(np.array(-NEGATIVE, np.float32))))
+    best = emit("ReduceMax", match, emit.ints(2), keepdims=0)
+    total = emit("ReduceLogSumExp", emit("Sub", match, emit("Unsqueeze", best, emit.ints(2))), emit.ints(2), keepdims=0)
+    linear = emit("Add", emit("MatMul", x, emit.weight(f"{prefix}.linear.matrix", weights["linear.weight"].T.copy())), weight("linear.bias"))
+    weights_seen = emit("Mul", window_attention(emit, attention, tokens, window, sliding), rows)
+    rows_seen = emit("ReduceSum", rows, emit.ints(2), keepdims=0)
+    tiny = emit.const(np.array(1e-6, np.float32))
+    mean = emit("Div", emit("ReduceSum", weights_seen, emit.ints(2), keepdims=0), rows_seen)
+    peak = emit("ReduceMax", weights_seen, emit.ints(2), keepdims=0)
+    features = emit(
+        "Concat",
+        best,
+        emit("Add", best, total),
+        emit("Transpose", linear, perm=[0, 2, 1]),
+        emit("Log", emit("Add", mean, tiny)),
+        emit("Log", emit("Add", peak, tiny)),
+        lexical(emit, tokens, window),
+        axis=1,
+    )
+    mask = emit("Unsqueeze", valid, emit.ints(1))
+
+    def conv(name: str, states: ir.Value) -> ir.Value:
+        kernel = int(weights[f"{name}.weight"].shape[2])
+        padding = [kernel // 2, kernel // 2]
+        return emit("Conv", states, weight(f"{name}.weight"), weight(f"{name}.bias"), pads=padding, kernel_shape=[kernel])
+
+    features = emit("Mul", features, mask)
+    first = emit("Mul", emit("Gelu", conv("conv1", features)), mask)
+    second = emit("Mul", emit("Add", first, emit("Gelu", conv("conv2", first))), mask)
+    scores = emit("Add", conv("conv3", second), conv("skip", features))
+    return emit("Squeeze", scores, emit.ints(1))

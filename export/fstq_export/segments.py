@@ -1,0 +1,117 @@
+"""Running a written graph piece by piece: embedding, each decoder layer, each pruning stage, head.
+
+One small ONNX Runtime session at a time, weights mapped from the file they were written to: memory stays near the largest piece,
+and a wrong layer is found by name. The engine's own parity check covers the whole graph at once.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx_ir.passes.common import ShapeInferencePass
+
+from fstq_export.passes.scope import OURS, layer_of
+
+Array = NDArray[np.generic]
+HEAD, TAIL = "embedding", "head"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of nodes; ``label`` is 'embedding', 'layer N', 'stage N' or 'head'."""
+
+    label: str
+    nodes: tuple[ir.Node, ...]
+    inputs: tuple[ir.Value, ...]
+    outputs: tuple[ir.Value, ...]
+
+
+def split(graph: ir.Graph) -> list[Segment]:
+    """Segments in the order they run."""
+    labels: dict[ir.Node, str] = {}
+    for node in graph:
+        layer = layer_of(node)
+        name = node.name or ""
+        if layer is not None:
+            labels[node] = f"layer {layer}"
+        elif name.startswith(f"{OURS}prune."):
+            labels[node] = "stage " + name.removeprefix(f"{OURS}prune.").partition("/")[0]
+        else:
+            parents = (labels.get(p, HEAD) for v in node.inputs if v is not None and (p := v.producer()) is not None)
+            labels[node] = HEAD if all(parent == HEAD for parent in parents) else TAIL
+    order = list(dict.fromkeys([HEAD, *labels.values()]))
+    order = [label for label in order if label != TAIL] + [TAIL]
+    outputs = set(graph.outputs)
+    segments = []
+    for label in order:
+        nodes = tuple(node for node, mine in labels.items() if mine == label)
+        inside = {value for node in nodes for value in node.outputs}
+        reads: dict[ir.Value, None] = {}
+        for node in nodes:
+            for value in node.inputs:
+                if value is not None and value not in inside and not value.is_initializer():
+                    reads[value] = None
+        gives = [v for v in inside if v in outputs or any(labels[use.node] != label for use in v.uses())]
+        segments.append(Segment(label, nodes, tuple(reads), tuple(sorted(gives, key=lambda v: str(v.name)))))
+    return segments
+
+
+def _cached(name: str) -> str | None:
+    """The output that feeds this input at the next call."""
+    if name.startswith("past_key_values."):
+        return name.replace("past_key_values", "present", 1)
+    return name.replace("past_", "present_", 1) if name.startswith("past_positions.") else None
+
+
+def run(folder: Path, model: str, calls: Sequence[Mapping[str, Array]]) -> Iterator[tuple[str, list[dict[str, Array]]]]:
+    """Run consecutive calls of one cache through all segments; yields (label, outputs of each call) as segments finish.
+
+    calls: graph inputs by name, without the cache. The caches start empty.
+    """
+    loaded = ir.load(folder / model)
+    ShapeInferencePass()(loaded)  # a piece's inputs need their types
+    segments = split(loaded.graph)
+    needed = [{str(v.name) for v in segment.inputs} for segment in segments]
+    known: list[dict[str, Array]] = [dict(call) for call in calls]
+    batch = len(next(iter(calls[0].values())))
+    for number, segment in enumerate(segments):
+        session = _session(folder, loaded, segment)
+        shapes = {i.name: (i.shape, i.type) for i in session.get_inputs()}
+        names = [o.name for o in session.get_outputs()]
+        cache = {name: _empty(batch, *shapes[name]) for name in shapes if _cached(name)}
+        results = []
+        for values in known:
+            feeds = {name: cache[name] if name in cache else values[name] for name in shapes}
+            outputs = dict(zip(names, session.run(None, feeds), strict=True))
+            cache = {name: outputs[str(_cached(name))] for name in cache}
+            results.append(outputs)
+        del session
+        yield segment.label, results
+        later = set().union(*needed[number + 1 :]) if number + 1 < len(segments) else set()
+        for values, outputs in zip(known, results, strict=True):
+            values.update({name: array for name, array in outputs.items() if name in later})
+            for name in [name for name in values if name not in later]:
+                del values[name]
+
+
+def _empty(batch: int, shape: list[int | str], kind: str) -> Array:
+    dtype = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}[kind]
+    return np.zeros([batch if i == 0 else 0 if isinstance(d, str) else d for i, d in enumerate(shape)], dtype)
+
+
+def _session(folder: Path, model: ir.Model, segment: Segment) -> ort.InferenceSession:
+    piece = ir.convenience.extract(model.graph, list(segment.inputs), list(segment.outputs))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # The piece is written beside the weights, because external data is looked up next to the graph that names it.
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".segment-", suffix=".onnx") as file:
+        ir.save(ir.Model(piece, ir_version=model.ir_version), file.name)
+        return ort.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,230 @@
+"""Directories that are either whole or absent, and checksums of files. Knows no format; see bundle.py for one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from fstq_infer.errors import BundleError, BundleExistsError, BundlePathError, BundleSizeError
+
+try:
+    import fcntl
+except ImportError:  # no flock outside POSIX; process ids alone decide there
+    fcntl = None  # type: ignore[assignment]
+
+BLOCK_BYTES = 1 << 20
+
+
+def sha256_file(path: str | os.PathLike[str], size: int | None = None) -> str:
+    """Hex SHA-256 of a file, read in blocks of 1 MiB; links are followed.
+
+    size: the number of bytes the file must have; never more than ``size`` + 1 bytes are read.
+    Raises BundleSizeError when it has more or fewer, OSError when it cannot be read.
+    """
+    digest, seen = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES if size is None else min(BLOCK_BYTES, size + 1 - seen)):
+            seen += len(block)
+            if size is not None and seen > size:
+                break
+            digest.update(block)
+    if size is not None and seen != size:
+        found = f"more than {size}" if seen > size else str(seen)
+        raise BundleSizeError(f"{path}: read {found} bytes, expected {size}. Stop what is writing to it and try again.")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_directory(
+    out: str | os.PathLike[str], overwrite: bool = False, marker: str = "manifest.json"
+) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``out`` when the block ends, and goes away when it raises.
+
+    Arguments and errors are those of :class:`PartialDirectory`.
+    """
+    with PartialDirectory(out, overwrite, marker) as partial:
+        yield partial.path
+        partial.commit()
+
+
+class PartialDirectory:
+    """A hidden sibling ``.NAME.partial-PID`` of ``out`` that :meth:`commit` renames to ``out``.
+
+    overwrite: replace an existing ``out``, if it is an empty directory or one that holds a file named ``marker``.
+    Leaving the context without a commit removes the partial directory. Entering it clears what killed writers of the
+    same name left; an old ``out`` that such a writer had set aside and not yet replaced is put back.
+    """
+
+    def __init__(self, out: str | os.PathLike[str], overwrite: bool = False, marker: str = "manifest.json") -> None:
+        self.out = Path(out).absolute()
+        if self.out.name in ("", "..") or "\0" in self.out.name:
+            raise BundlePathError(f"{os.fspath(out)!a} names no directory that can be written. Choose another path.")
+        self.path = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
+        self._aside = self.out.parent / f".{self.out.name}.old-{os.getpid()}"
+        self._overwrite, self._marker = overwrite, marker
+        self._lock: int | None = None
+        self._open = False
+
+    def __enter__(self) -> PartialDirectory:
+        """Make the empty directory ``path``. Raises BundleExistsError, or BundleError where nothing can be written."""
+        with _os_errors(self.out):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._clear_stale()
+            self._check_out()
+            if os.path.lexists(self.path):
+                raise BundleExistsError(
+                    f"{self.path} exists: this process is writing {self.out} already. Wait until it has finished, "
+                    f"or remove the directory if nothing writes to it."
+                )
+            self.path.mkdir()
+            self._open = True
+            self._lock = _try_lock(self.path)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._open:
+            self._close()
+
+    def commit(self) -> None:
+        """Flush everything to disk and rename to ``out``; an old ``out`` goes away only after that.
+
+        Raises BundleExistsError if ``out`` has appeared meanwhile, BundleError when a rename or a flush fails; the old
+        ``out`` is then in its place again.
+        """
+        if not self._open:
+            raise BundleError(f"{self.out}: nothing to commit. Call commit() once, inside the 'with' block.")
+        with _os_errors(self.out):
+            for folder, _, names in os.walk(self.path):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            self._check_out()
+            try:
+                if os.path.lexists(self.out):
+                    os.rename(self.out, self._aside)
+                os.rename(self.path, self.out)
+            except BaseException:  # Ctrl-C too; decided by what is on disk, because it may come between any two lines
+                if os.path.lexists(self._aside) and not os.path.lexists(self.out):
+                    os.rename(self._aside, self.out)
+                raise
+            _sync(self.out.parent)
+        self._close()
+
+    def _close(self) -> None:
+        """Remove what is partial and what was replaced, and let go of the lock."""
+        self._open = False
+        shutil.rmtree(self.path, ignore_errors=True)
+        if os.path.lexists(self._aside) and os.path.lexists(self.out):
+            # Under the partial name a half-removed directory cannot be mistaken for a whole one that was set aside.
+            with contextlib.suppress(OSError):
+                os.rename(self._aside, self.path)
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _check_out(self) -> None:
+        try:
+            mode = os.lstat(self.out).st_mode
+        except FileNotFoundError:
+            return
+        if not self._overwrite:
+            raise BundleExistsError(f"{self.out} exists already. Pass --force to replace it, or choose another path.")
+        if not stat.S_ISDIR(mode):
+            raise BundleExistsError(
+                f"{self.out} is a file or a link, expected a directory; it will not be replaced. Choose another path."
+            )
+        names = os.listdir(self.out)
+        if names and self._marker not in names:
+            raise BundleExistsError(
+                f"{self.out} holds files but no {self._marker}, so it was not written by this tool and will not be "
+                f"replaced. Choose another path, or empty the directory."
+            )
+
+    def _clear_stale(self) -> None:
+        pattern = re.compile(re.escape(f".{self.out.name}.") + r"(partial|old)-([0-9]{1,10})")
+        for name in sorted(os.listdir(self.out.parent)):
+            found, path = pattern.fullmatch(name), self.out.parent / name
+            if not found or path.is_symlink() or not path.is_dir() or not _is_stale(path, int(found[2])):
+                continue
+            if found[1] == "old" and not os.path.lexists(self.out):
+                os.rename(path, self.out)  # its writer died between the two renames: this is the only whole copy
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _os_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"{out} cannot be written: {error}. Check permissions and free space, or choose another path."
+        ) from error
+
+
+def _is_stale(path: Path, pid: int) -> bool:
+    """True if no writer is at work in ``path``: its process is gone, and no other PID namespace holds its lock."""
+    own = pid == os.getpid()  # in a container every run has the same process id, so an own one may be a leftover too
+    if not own and _is_alive(pid):
+        return False
+    try:
+        lock = _try_lock(path)
+    except OSError:
+        return False
+    if lock is None:
+        return not own
+    os.close(lock)
+    return True
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # os.kill(pid, 0) would send Ctrl-C there
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _try_lock(path: Path) -> int | None:
+    """A descriptor that locks ``path`` until it is closed; None where locks do not work (Windows, some network mounts).
+
+    Raises BlockingIOError when another writer holds the lock.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sync(path: Path) -> None:
+    """Flush a regular file or a directory to disk; anything else (a fifo would block) is left alone."""
+    mode = os.lstat(path).st_mode
+    if os.name == "nt" or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,125 @@
+"""Looking into, and gating, any Hugging Face causal LM through module hooks. No model code is replaced.
+
+The model has to run with eager attention, so that masks are additive and attention weights are returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fstq_infer.errors import UnsupportedModelError
+
+_LAYER_LISTS = ("layers", "h", "blocks")
+_ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Where a causal LM keeps its decoder layers and their attention modules."""
+
+    model: nn.Module
+    layers: tuple[nn.Module, ...]
+    attentions: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Decoder:
+        """Find the layers; raises UnsupportedModelError with the class name when there is no plain list of them."""
+        base = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+        layers = next((getattr(base, name) for name in _LAYER_LISTS if hasattr(base, name)), None)
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: found no list of decoder layers under {', '.join(_LAYER_LISTS)}; only decoder-only causal LMs are supported"
+            )
+        attentions = [next((getattr(layer, name) for name in _ATTENTIONS if hasattr(layer, name)), None) for layer in layers]
+        missing = [i for i, attention in enumerate(attentions) if attention is None]
+        if missing:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: decoder layer {missing[0]} has no attention module; token pruning needs attention in every layer"
+            )
+        return cls(model, tuple(layers), tuple(a for a in attentions if a is not None))
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a forward pass passed by: ``hidden[l]`` is the input of layer l (B, S, D), ``attention[l]`` weights (B, H, Q, S)."""
+
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    attention: dict[int, torch.Tensor] = field(default_factory=dict)
+    bias: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+def causal_bias(attention_mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
+    """The additive mask (B, 1, S, S) in force, made causal where the model passed none."""
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            return torch.zeros(attention_mask.shape, dtype=hidden.dtype).masked_fill(~attention_mask, torch.finfo(hidden.dtype).min)
+        return attention_mask
+    size = hidden.shape[1]
+    return torch.full((size, size), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)[None, None]
+
+
+def key_bias(bias: torch.Tensor, total: int) -> torch.Tensor:
+    """(B, S') bias on keys -> (B, 1, total, total): for every query but the key's own, zero for later keys."""
+    padded = nn.functional.pad(bias, (0, total - bias.shape[1]))
+    return padded[:, None, None, :] * (1 - torch.eye(total, dtype=bias.dtype))
+
+
+@contextmanager
+def watch(
+    decoder: Decoder,
+    hidden: tuple[int, ...] = (),
+    attention: tuple[int, ...] = (),
+    queries: slice = slice(None),
+    before: dict[int, Callable[[Seen], None]] | None = None,
+) -> Iterator[Seen]:
+    """Record layer inputs and attention weights, and add ``seen.bias[l]`` (B, 1, S, S) to layer l's attention logits.
+
+    ``before[l]`` is called with all that was seen as layer l starts, and may set biases for layer l and later ones:
+    this is how a probe that reads layer l's input gates the layers that follow, within one forward pass.
+    """
+    seen = Seen()
+
+    def on_layer(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if index in hidden:
+                seen.hidden[index] = args[0] if args else kwargs["hidden_states"]
+            if before and index in before:
+                before[index](seen)
+
+        return hook
+
+    def on_attention(index: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            bias = seen.bias.get(index)
+            if bias is None:
+                return None
+            states = args[0] if args else kwargs["hidden_states"]
+            return args, {**kwargs, "attention_mask": causal_bias(kwargs.get("attention_mask"), states) + bias}
+
+        return hook
+
+    def on_weights(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            if not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} returned no attention weights; load the model with attn_implementation='eager'"
+                )
+            seen.attention[index] = output[1][:, :, queries]
+
+        return hook
+
+    with ExitStack() as stack:
+        for i, layer in enumerate(decoder.layers):
+            if i in hidden or (before and i in before):
+                stack.callback(layer.register_forward_pre_hook(on_layer(i), with_kwargs=True).remove)
+        for i, module in enumerate(decoder.attentions):
+            stack.callback(module.register_forward_pre_hook(on_attention(i), with_kwargs=True).remove)
+            if i in attention:
+                stack.callback(module.register_forward_hook(on_weights(i), with_kwargs=True).remove)
+        yield seen

@@ -1,0 +1,121 @@
+"""The probe: a tiny head that predicts token sensitivity at inference, where there is no gradient.
+
+Query-aware: token-level matches between the last W positions and every token, from RMS-normed layer inputs and embeddings;
+linear features, log window attention and lexical overlap; three 1-D convolutions, because words span tokens. About 50k
+parameters; the exported graph computes the same (fstq_export.passes.probe).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+EPSILON = 1e-6
+NEGATIVE = -1e4
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeInput:
+    """Features of a left-padded batch of prompts at one prune layer.
+
+    states: (B, S, 2D) RMS-normed layer input and embedding. side: (B, 2H + 3, S) log window attention (mean, max over the
+    last W queries) and lexical overlap. valid: (B, S) bool.
+    """
+
+    states: torch.Tensor
+    side: torch.Tensor
+    valid: torch.Tensor
+
+    @classmethod
+    def of(cls, hidden: torch.Tensor, embedded: torch.Tensor, attention: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor) -> ProbeInput:
+        """hidden, embedded: (B, S, D); attention: (B, H, W', S) of the last W' = min(W, S) queries; ids, valid: (B, S)."""
+        width = hidden.shape[-1]
+        states = torch.cat([functional.rms_norm(x.float(), (width,), eps=EPSILON) for x in (hidden, embedded)], -1)
+        window = attention.shape[2]
+        rows = valid[:, -window:].float()[:, None, :, None]
+        seen = attention.float() * rows
+        mean = seen.sum(2) / rows.sum(2)
+        side = torch.cat([(mean + EPSILON).log(), (seen.amax(2) + EPSILON).log(), lexical(ids, valid, window)], 1)
+        return cls(states, side, valid)
+
+    def row(self, index: int) -> ProbeInput:
+        """One item without its padding, in half precision for keeping."""
+        valid = self.valid[index]
+        return ProbeInput(self.states[index, valid].half(), self.side[index][:, valid].half(), valid[valid])
+
+    @classmethod
+    def pad(cls, rows: list[ProbeInput]) -> ProbeInput:
+        """Rows (from :meth:`row`) as one left-padded batch."""
+        size = max(len(r.valid) for r in rows)
+        gap = [size - len(r.valid) for r in rows]
+        return cls(
+            torch.stack([functional.pad(r.states.float(), (0, 0, g, 0)) for r, g in zip(rows, gap, strict=True)]),
+            torch.stack([functional.pad(r.side.float(), (g, 0)) for r, g in zip(rows, gap, strict=True)]),
+            torch.stack([functional.pad(r.valid, (g, 0)) for r, g in zip(rows, gap, strict=True)]),
+        )
+
+
+def lexical(ids: torch.Tensor, valid: torch.Tensor, window: int) -> torch.Tensor:
+    """(B, 3, S): does the last ``window`` tokens hold this token (over its count in the prompt), this bigram, this trigram."""
+    real = valid.float()
+    uni = (ids[:, -window:, None] == ids[:, None, :]).float() * real[:, -window:, None] * real[:, None, :]
+    uni[:, :, max(0, ids.shape[1] - window) :] = 0
+    bi = uni * functional.pad(uni, (1, 0, 1, 0))[:, :-1, :-1]
+    tri = bi * functional.pad(bi, (1, 0, 1, 0))[:, :-1, :-1]
+    count = ((ids[:, :, None] == ids[:, None, :]).float() * real[:, None, :]).sum(2).clamp(min=1)
+    return torch.stack([uni.amax(1) / count, bi.amax(1), tri.amax(1)], 1)
+
+
+class Probe(nn.Module):
+    """Scores (B, S) of a :class:`ProbeInput`; higher matters more. ``heads`` matches of width ``rank``."""
+
+    def __init__(self, width: int, attention_heads: int, window: int = 16, rank: int = 24, heads: int = 4, linear: int = 8) -> None:
+        super().__init__()
+        self.window, self.heads, self.rank = window, heads, rank
+        features = 2 * heads + linear + 2 * attention_heads + 3
+        self.query = nn.Linear(2 * width, heads * rank)
+        self.key = nn.Linear(2 * width, heads * rank)
+        self.linear = nn.Linear(2 * width, linear)
+        self.conv1 = nn.Conv1d(features, 32, 9, padding=4)
+        self.conv2 = nn.Conv1d(32, 32, 17, padding=8)
+        self.conv3 = nn.Conv1d(32, 1, 9, padding=4)
+        self.skip = nn.Conv1d(features, 1, 1)
+        nn.init.zeros_(self.skip.weight)
+        nn.init.zeros_(self.skip.bias)
+
+    @classmethod
+    def untrained(cls, width: int, attention_heads: int, window: int = 16) -> Probe:
+        """Without calibration data: scores are the mean log window attention, the training-free choice (SnapKV's signal)."""
+        probe = cls(width, attention_heads, window)
+        with torch.no_grad():
+            probe.conv3.weight.zero_()
+            probe.conv3.bias.zero_()  # type: ignore[union-attr]
+            start = probe.skip.weight.shape[1] - 3 - 2 * attention_heads
+            probe.skip.weight[0, start : start + attention_heads] = 1 / attention_heads
+        return probe
+
+    def forward(self, x: ProbeInput) -> torch.Tensor:
+        mask = x.valid[:, None].float()
+        rows = x.valid[:, -self.window :].float()[:, None, :, None]
+        q = self.query(x.states[:, -self.window :]).unflatten(-1, (self.heads, self.rank)).transpose(1, 2)
+        k = self.key(x.states).unflatten(-1, (self.heads, self.rank)).transpose(1, 2)
+        match = q @ k.transpose(-1, -2) * self.rank**-0.5 + (rows - 1) * -NEGATIVE
+        linear = self.linear(x.states).transpose(1, 2)
+        features = torch.cat([match.amax(2), match.logsumexp(2), linear, x.side], 1) * mask
+        first = functional.gelu(self.conv1(features)) * mask
+        second = (first + functional.gelu(self.conv2(first))) * mask
+        scores: torch.Tensor = (self.conv3(second) + self.skip(features))[:, 0]
+        return scores
+
+    def arrays(self) -> dict[str, NDArray[np.float32]]:
+        """Weights by name for the graph pass; query and key as (heads, rank, 2D) and (heads, rank)."""
+        found = {name: value.detach().float().numpy() for name, value in self.state_dict().items()}
+        for name in ("query", "key"):
+            found[f"{name}.weight"] = found[f"{name}.weight"].reshape(self.heads, self.rank, -1)
+            found[f"{name}.bias"] = found[f"{name}.bias"].reshape(self.heads, self.rank)
+        return found

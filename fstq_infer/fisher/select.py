@@ -1,0 +1,33 @@
+"""From scores to kept tokens: pure functions on numpy arrays. The exported graph does the same with TopK."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def keep_count(tokens: int, ratio: float, sink: int, window: int) -> int:
+    """How many of ``tokens`` stay at a keep ratio; never fewer than the forced ones, never more than there are."""
+    return min(tokens, max(sink + window, math.ceil(round(ratio * tokens, 6)), 1))
+
+
+def select(scores: NDArray[np.floating], keep: int, sink: int, window: int) -> NDArray[np.int64]:
+    """Indices (keep,) that stay, ascending: first ``sink``, last ``window``, then the highest scores; ties to the left.
+
+    scores: (S,) of one prompt, higher stays.
+    """
+    forced = scores.astype(np.float64, copy=True)
+    if sink:
+        forced[:sink] = np.inf
+    if window:
+        forced[-window:] = np.inf
+    return np.sort(np.argsort(-forced, kind="stable")[:keep]).astype(np.int64)
+
+
+def max_pool(scores: NDArray[np.floating], width: int = 7) -> NDArray[np.floating]:
+    """(S,) -> (S,): the largest score within ``width`` positions; words span several tokens, so neighbours matter."""
+    half = width // 2
+    padded = np.pad(scores, (half, width - 1 - half), constant_values=-np.inf)
+    return np.lib.stride_tricks.sliding_window_view(padded, width).max(-1)

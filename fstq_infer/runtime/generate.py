@@ -1,0 +1,219 @@
+"""The front door of the runtime: prompts in, texts out. Knows an engine by its protocol, and no backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, Literal, overload
+
+from fstq_infer.errors import OptionError, PromptError
+from fstq_infer.runtime.chat import ChatTemplate, Message
+from fstq_infer.runtime.engine import Engine
+from fstq_infer.runtime.loop import Row, Run
+from fstq_infer.runtime.options import Defaults, Keep, Options, parse_options
+from fstq_infer.runtime.result import Clock, Result, Stream
+from fstq_infer.runtime.session import Session
+from fstq_infer.runtime.text import Tokenizer
+
+
+class Generator:
+    """Generates text from one engine. Holds no state between calls, so an interrupted call leaves it usable.
+
+    Calls are not concurrent, and neither are streams read in turns from several threads.
+    """
+
+    __slots__ = ("_eos", "defaults", "engine", "template", "tokenizer")
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        defaults: Defaults | None = None,
+        template: ChatTemplate | None = None,
+    ) -> None:
+        """Raises OptionError when the defaults do not fit the engine."""
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.defaults = defaults or Defaults()
+        self.template = template
+        self._eos = frozenset(self.defaults.eos_ids)
+        parse_options({}, self.defaults, engine.stages)
+
+    @overload
+    def generate(self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Any) -> Result: ...
+
+    @overload
+    def generate(self, prompt: str | Sequence[int], *, stream: Literal[True], **options: Any) -> Stream: ...
+
+    @overload
+    def generate(self, prompt: list[str] | list[list[int]], **options: Any) -> list[Result]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | list[str] | list[list[int]],
+        *,
+        keep: Keep | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        stream: bool = False,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        **unknown: Any,
+    ) -> Result | list[Result] | Stream:
+        """Continue one prompt (text, or token ids), or a batch of them (a list of texts or of id lists).
+
+        keep: ratio of the prompt's tokens that stays, for the last pruning stage; or one ratio per stage.
+        max_tokens: most tokens to generate (128), fewer where the context ends. stop: texts that end the generation.
+        stream: give pieces of text as they come (one prompt only). The others are those of ``Sampling``; each row of
+        a batch has its own random generator from the same seed, so that it equals a single run.
+
+        Raises PromptError for an empty prompt or one that leaves no room in the context, OptionError for an option.
+        """
+        clock = Clock()
+        options = self.options(
+            {
+                "keep": keep,
+                "max_tokens": max_tokens,
+                "stop": stop,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "repetition_penalty": repetition_penalty,
+                "seed": seed,
+                **unknown,
+            }
+        )
+        batch = _is_batch(prompt)
+        if batch and stream:
+            raise OptionError("stream=True takes one prompt, not a list of them; stream them one after the other")
+        prompts: Any = prompt if batch else [prompt]
+        if not prompts:
+            raise PromptError("the batch is empty; expected at least one prompt")
+        run = self.run([self._ids(item) for item in prompts], options, clock)
+        if not batch:
+            return self.finish(run, clock, stream=stream)
+        for _ in run.pieces():
+            pass
+        return [run.result(row) for row in range(len(run.rows))]
+
+    @overload
+    def chat(self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Any) -> Result: ...
+
+    @overload
+    def chat(self, messages: Sequence[Message], *, stream: Literal[True], **options: Any) -> Stream: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        stream: bool = False,
+        **options: Any,
+    ) -> Result | Stream:
+        """Answer a conversation once. Options as in :meth:`generate`.
+
+        tools, variables: for the template. Raises OptionError when the bundle has no chat template.
+        """
+        clock = Clock()
+        if self.template is None:
+            raise OptionError(
+                "this bundle has no chat template; use generate() with plain text, or export the model again from a "
+                "checkpoint that has one"
+            )
+        checked = self.options(options)
+        text = self.template.render(messages, tools=tools, variables=variables)
+        run = self.run([self._ids(self.tokenizer.encode(text, special=False))], checked, clock)
+        return self.finish(run, clock, stream=stream)
+
+    def session(
+        self,
+        *,
+        system: str | None = None,
+        messages: Sequence[Message] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Session:
+        """A conversation that keeps its cache from turn to turn; it may begin with a system text and messages."""
+        first = [] if system is None else [{"role": "system", "content": system}]
+        return Session(self, [*first, *messages], tools=tools, variables=variables)
+
+    # What follows is for Session and for benchmarks.
+
+    def options(self, given: Mapping[str, Any]) -> Options:
+        """Check options, all but ``stream``."""
+        return parse_options(given, self.defaults, self.engine.stages)
+
+    def run(self, prompts: Sequence[Sequence[int]], options: Options, clock: Clock, **state: Any) -> Run:
+        """Get prompts of token ids ready to run; ``state`` continues a cache, see :class:`Run`."""
+        rows = [
+            Row(ids, min(options.max_tokens, self._room(ids)), options, self.tokenizer, self._eos) for ids in prompts
+        ]
+        return Run(self.engine, rows, options, clock, **state)
+
+    def finish(
+        self, run: Run, clock: Clock, *, stream: bool, done: Callable[[Run], None] | None = None
+    ) -> Result | Stream:
+        """Run one row to its end, or hand out the stream that does; calls ``done`` at the regular end."""
+
+        def finish() -> Result:
+            if done is not None:
+                done(run)
+            return run.result(0)
+
+        clock.pause()  # until the first piece is asked for
+        reply = Stream((text for (text,) in run.pieces() if text), finish)
+        if stream:
+            return reply
+        for _ in reply:
+            pass
+        return reply.result
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of one prompt. Raises PromptError when it is empty or holds an unknown id."""
+        _check_kind(prompt)
+        if not isinstance(prompt, str):
+            ids = [int(item) if _is_id(item) else -1 for item in prompt]
+            wrong = [place for place, item in enumerate(ids) if not 0 <= item < self.engine.vocab_size]
+            if wrong:
+                raise PromptError(
+                    f"token {wrong[0]} of the prompt is {prompt[wrong[0]]!r}; expected ids from 0 to "
+                    f"{self.engine.vocab_size - 1}"
+                )
+        else:
+            ids = self.tokenizer.encode(prompt) if prompt else []
+        if not ids:
+            raise PromptError("the prompt is empty; expected a text, or a list with at least one token id")
+        return ids
+
+    def _room(self, ids: Sequence[int]) -> int:
+        """How many tokens may follow; raises PromptError when none."""
+        most = self.engine.max_positions
+        if len(ids) >= most:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, but this engine's context holds {most}, generated ones included. "
+                f"Shorten the prompt by at least {len(ids) - most + 1} tokens, start a new session, or build the "
+                "engine for a longer context"
+            )
+        return most - len(ids)
+
+
+def _is_id(item: object) -> bool:
+    return isinstance(item, Integral) and not isinstance(item, bool)
+
+
+def _is_batch(prompt: Any) -> bool:
+    """Whether a prompt is a list of prompts."""
+    _check_kind(prompt)
+    return not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], Integral)
+
+
+def _check_kind(prompt: object) -> None:
+    listed = hasattr(prompt, "__len__") and hasattr(prompt, "__getitem__")  # NumPy arrays are no Sequence
+    if isinstance(prompt, (bytes, Mapping)) or not listed:
+        raise PromptError(
+            f"a prompt is a {type(prompt).__name__}; expected a text, a list of token ids, or a list of prompts"
+        )

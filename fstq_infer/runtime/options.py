@@ -1,0 +1,107 @@
+"""The options of a generation: the one place where what a caller wrote is checked. Knows no engine call."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import Any
+
+from fstq_infer.errors import OptionError
+from fstq_infer.runtime.engine import Stage
+from fstq_infer.runtime.sampling import Sampling
+
+Keep = float | Sequence[float]
+
+MAX_TOKENS = 128
+SAMPLING = tuple(item.name for item in fields(Sampling))
+NAMES = ("keep", "max_tokens", "stop", "stream", *SAMPLING)
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What holds where a call says nothing; a bundle's manifest gives ``keep``, ``sampling`` and ``eos_ids``."""
+
+    keep: float | tuple[float, ...] = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
+    eos_ids: tuple[int, ...] = ()
+    max_tokens: int = MAX_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Checked options of one call. ratios: keep ratio after each pruning stage, non-increasing, empty when dense."""
+
+    ratios: tuple[float, ...]
+    max_tokens: int
+    stop: tuple[str, ...]
+    sampling: Sampling
+
+
+def parse_options(given: Mapping[str, Any], defaults: Defaults, stages: Sequence[Stage]) -> Options:
+    """Check what a caller gave; None means the default.
+
+    Raises OptionError for an unknown name (with a suggestion) or a value that is not accepted.
+    """
+    for name in given:
+        if name not in NAMES:
+            close = difflib.get_close_matches(name, NAMES, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(NAMES)}"
+            raise OptionError(f"there is no option {name!r}; {hint}")
+    values = {name: value for name, value in given.items() if value is not None}
+    max_tokens = values.get("max_tokens", defaults.max_tokens)
+    if not isinstance(max_tokens, Integral) or isinstance(max_tokens, bool) or max_tokens < 1:
+        raise OptionError(f"max_tokens={max_tokens!r} is not accepted; expected a whole number >= 1")
+    return Options(
+        ratios=keep_ratios(values.get("keep", defaults.keep), stages),
+        max_tokens=int(max_tokens),
+        stop=_stop(values.get("stop", ())),
+        sampling=replace(defaults.sampling, **{name: values[name] for name in SAMPLING if name in values}),
+    )
+
+
+def keep_ratios(keep: Keep, stages: Sequence[Stage]) -> tuple[float, ...]:
+    """One keep ratio per stage. A single number is the last stage's; earlier stages approach it geometrically."""
+    if isinstance(keep, str):
+        what = "is reserved for a later version" if keep == "auto" else "is text"
+        raise OptionError(f"keep={keep!r} {what}; expected a ratio such as 0.5, or None for the bundle's own")
+    given = tuple(keep) if isinstance(keep, Sequence) else (keep,)
+    for ratio in given:
+        if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0 < ratio <= 1:
+            raise OptionError(f"keep={keep!r} is not accepted; expected ratios of the prompt's tokens, 0 < keep <= 1")
+    ratios = tuple(map(float, given))
+    if not stages:
+        if any(ratio < 1 for ratio in ratios):
+            raise OptionError(
+                f"keep={keep!r} asks for token pruning, but this bundle has no pruning stage. Leave keep out, or "
+                "export the model again with pruning (see --max-quality-drop in 'fstq export --help')"
+            )
+        return ()
+    if not isinstance(keep, Sequence):
+        return tuple(ratios[0] ** (stage / len(stages)) for stage in range(1, len(stages) + 1))
+    if len(ratios) != len(stages):
+        raise OptionError(f"keep={keep!r} has {len(ratios)} ratios; this bundle has {len(stages)} pruning stages")
+    if any(later > earlier for earlier, later in itertools.pairwise(ratios)):
+        raise OptionError(f"keep={keep!r} rises; a later stage cannot keep tokens that an earlier one dropped")
+    return ratios
+
+
+def keep_counts(tokens: int, ratios: Sequence[float], stages: Sequence[Stage]) -> list[int]:
+    """How many of ``tokens`` > 0 new tokens stay after each stage: at least sink and window of it and later stages."""
+    counts: list[int] = []
+    least = 1
+    for ratio, stage in zip(reversed(ratios), reversed(stages), strict=True):
+        # 0.07 * 100 is a little more than 7 in floating point; that must not keep an eighth token
+        least = max(least, min(tokens, stage.sink + stage.window), math.ceil(ratio * tokens - 1e-9))
+        counts.append(least)
+    return counts[::-1]
+
+
+def _stop(stop: object) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
+        raise OptionError(f"stop={stop!r} is not accepted; expected a list of texts, none of them empty")
+    return tuple(texts)
