@@ -28,14 +28,18 @@ def read(path: Path) -> list[Example]:
     if not path.is_file():
         raise CalibrationDataError(f"calibration file {path} does not exist")
     if path.stat().st_size > LARGEST_FILE:
-        raise CalibrationDataError(f"calibration file {path} has {path.stat().st_size} bytes; at most {LARGEST_FILE} are read, use a sample")
+        raise CalibrationDataError(
+            f"calibration file {path} has {path.stat().st_size} bytes; at most {LARGEST_FILE} are read, use a sample"
+        )
     examples: list[Example] = []
     try:
         with path.open(encoding="utf-8") as lines:
             first = ""
             for number, line in enumerate(lines, 1):
                 if len(line) > LONGEST_LINE:
-                    raise CalibrationDataError(f"{path}, line {number}: {len(line)} characters; at most {LONGEST_LINE} are allowed")
+                    raise CalibrationDataError(
+                        f"{path}, line {number}: {len(line)} characters; at most {LONGEST_LINE} are allowed"
+                    )
                 text = line.strip()
                 if not text:
                     continue
@@ -44,7 +48,9 @@ def read(path: Path) -> list[Example]:
     except UnicodeDecodeError as error:
         raise CalibrationDataError(f"calibration file {path} is not UTF-8 text ({error})") from error
     if not examples:
-        raise CalibrationDataError(f"calibration file {path} is empty; expected JSON lines with {_expected()}, or lines of plain text")
+        raise CalibrationDataError(
+            f"calibration file {path} is empty; expected JSON lines with {_expected()}, or lines of plain text"
+        )
     return examples
 
 
@@ -56,14 +62,20 @@ def _json_line(path: Path, number: int, text: str) -> Example:
     try:
         row: Any = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise CalibrationDataError(f"{path}, line {number}: not JSON ({error}); expected an object with {_expected()}") from error
+        raise CalibrationDataError(
+            f"{path}, line {number}: not JSON ({error}); expected an object with {_expected()}"
+        ) from error
     if not isinstance(row, dict):
-        raise CalibrationDataError(f"{path}, line {number}: found {type(row).__name__}, expected an object with {_expected()}")
+        raise CalibrationDataError(
+            f"{path}, line {number}: found {type(row).__name__}, expected an object with {_expected()}"
+        )
     for fields in FIELDS:
         if all(field in row for field in fields):
             bad = next((f for f in fields if not isinstance(row[f], str) or not row[f].strip()), None)
             if bad is not None:
-                raise CalibrationDataError(f"{path}, line {number}: '{bad}' must be text that is not empty, found {row[bad]!r:.80}")
+                raise CalibrationDataError(
+                    f"{path}, line {number}: '{bad}' must be text that is not empty, found {row[bad]!r:.80}"
+                )
             return Example(" ".join(row[f].strip() for f in fields[:-1]), row["answer"].strip())
     raise CalibrationDataError(f"{path}, line {number}: found fields {sorted(row)}, expected {_expected()}")
 

@@ -29,13 +29,23 @@ def build_graph(source: Source, dtype: str, stages: Sequence[PruneStage]) -> ir.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            package = mobius_build(str(source.folder), task="text-generation", dtype=DTYPES[dtype], execution_provider="onnx-standard")
+            package = mobius_build(
+                str(source.folder), task="text-generation", dtype=DTYPES[dtype], execution_provider="onnx-standard"
+            )
         model = package["model"]
     except Exception as error:  # the exporter raises whatever its model code meets; all of it means: not this model
-        raise UnsupportedModelError(f"{source.architecture} ({source.config.model_type}) cannot be built: {error}") from error
+        raise UnsupportedModelError(
+            f"{source.architecture} ({source.config.model_type}) cannot be built: {error}"
+        ) from error
     tied = bool(getattr(source.config, "tie_word_embeddings", False))
     rotary = RotaryTables(rotary_module(source.config), getattr(source.config, "layer_types", None))
-    passes = (rotary, KeyPositions(source.windows), TokenPruning(stages, source.windows), LastTokenLogits(), TiedHead(tied))
+    passes = (
+        rotary,
+        KeyPositions(source.windows),
+        TokenPruning(stages, source.windows),
+        LastTokenLogits(),
+        TiedHead(tied),
+    )
     for step in passes:
         try:
             step(model)
@@ -43,7 +53,9 @@ def build_graph(source: Source, dtype: str, stages: Sequence[PruneStage]) -> ir.
             raise type(error)(f"{source.architecture}: {error}") from error
         except Exception as error:
             reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
-            raise UnsupportedModelError(f"{source.architecture}: pass {type(step).__name__} failed ({reason})") from error
+            raise UnsupportedModelError(
+                f"{source.architecture}: pass {type(step).__name__} failed ({reason})"
+            ) from error
     if rotary.replaced:
         _log.info("rotary tables mended from the model's own: %s", ", ".join(rotary.replaced))
     return model

@@ -55,7 +55,11 @@ def _device_map(config: Any) -> dict[str, str]:
     """Decoder layers on disk, everything else in memory."""
     model = skeleton(config)
     layers = Decoder.of(model).layers
-    lists = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and module[0] is layers[0])
+    lists = next(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and module[0] is layers[0]
+    )
     placed: dict[str, str] = {lists: "disk"}
     for name, _ in model.named_modules():
         parent = name.rpartition(".")[0]
@@ -76,7 +80,12 @@ def reference(source: Source, stream: bool | None = None) -> Iterator[Decoder]:
     if stream is None:
         stream = parameter_count(source.config) * 4 > STREAM_ABOVE
     with tempfile.TemporaryDirectory(prefix="fstq-offload-") as offload, quiet():
-        options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "use_safetensors": True, "local_files_only": True}
+        options: dict[str, Any] = {
+            "dtype": torch.float32,
+            "attn_implementation": "eager",
+            "use_safetensors": True,
+            "local_files_only": True,
+        }
         if stream:
             options |= {"device_map": _device_map(source.config), "offload_folder": offload}
         model = AutoModelForCausalLM.from_pretrained(source.folder, config=source.config, **options)

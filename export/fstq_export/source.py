@@ -78,7 +78,9 @@ def resolve(model: str, revision: str | None = None) -> Source:
     except (ValueError, OSError, KeyError) as error:
         raise UnsupportedModelError(f"{model}: Transformers cannot read its configuration ({error})") from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedModelError(f"{model}: model type '{config.model_type}' is no decoder-only causal LM; nothing was exported")
+        raise UnsupportedModelError(
+            f"{model}: model type '{config.model_type}' is no decoder-only causal LM; nothing was exported"
+        )
     config = config.get_text_config(decoder=True)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weights:
@@ -93,7 +95,9 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(FILES)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ExportError(f"'{model}' is neither a folder here nor a model that could be downloaded from the hub ({error})") from error
+        raise ExportError(
+            f"'{model}' is neither a folder here nor a model that could be downloaded from the hub ({error})"
+        ) from error
 
 
 def tokenizer(source: Source) -> Any:
@@ -101,7 +105,9 @@ def tokenizer(source: Source) -> Any:
     try:
         loaded = AutoTokenizer.from_pretrained(source.folder, use_fast=True, trust_remote_code=False)
     except (ValueError, OSError) as error:
-        raise ExportError(f"{source.name}: no tokenizer could be loaded ({error}); put tokenizer.json beside the weights") from error
+        raise ExportError(
+            f"{source.name}: no tokenizer could be loaded ({error}); put tokenizer.json beside the weights"
+        ) from error
     if not getattr(loaded, "is_fast", False):
         raise ExportError(f"{source.name}: only a slow tokenizer was found; a tokenizer.json is needed on the device")
     return loaded

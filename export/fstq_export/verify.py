@@ -46,8 +46,11 @@ class Verification:
         """For report.json."""
         pruned = None if self.pruned is None else {"logits": self.pruned, "kept_equal": self.kept_equal}
         return {
-            "tolerance": self.tolerance, "dense": {"logits": self.dense, "by_layer": list(self.by_layer)}, "pruned": pruned,
-            "prompts": self.prompts, "decode_steps": DECODE_STEPS,
+            "tolerance": self.tolerance,
+            "dense": {"logits": self.dense, "by_layer": list(self.by_layer)},
+            "pruned": pruned,
+            "prompts": self.prompts,
+            "decode_steps": DECODE_STEPS,
         }
 
 
@@ -89,8 +92,11 @@ class Text:
         """(B, steps + 1, vocab) logits that follow the prompt and each later token."""
         positions = self.positions
         output = decoder.model(
-            input_ids=torch.from_numpy(self.ids), attention_mask=torch.from_numpy((positions >= 0).astype(np.int64)),
-            position_ids=torch.from_numpy(np.maximum(positions, 0)), use_cache=False, logits_to_keep=self.ids.shape[1] - self.prompt + 1,
+            input_ids=torch.from_numpy(self.ids),
+            attention_mask=torch.from_numpy((positions >= 0).astype(np.int64)),
+            position_ids=torch.from_numpy(np.maximum(positions, 0)),
+            use_cache=False,
+            logits_to_keep=self.ids.shape[1] - self.prompt + 1,
         )
         logits: torch.Tensor = output.logits
         return logits.float()
@@ -104,7 +110,9 @@ def difference(found: NDArray[Any], wanted: NDArray[Any]) -> float:
     return float(gap.max() / max(1.0, float(wanted.std()))) if np.isfinite(gap).all() else float("inf")
 
 
-def check_dense(folder: Path, graph: str, decoder: Decoder, text: Text, stages: int, tolerance: float, name: str) -> tuple[float, tuple[float, ...]]:
+def check_dense(
+    folder: Path, graph: str, decoder: Decoder, text: Text, stages: int, tolerance: float, name: str
+) -> tuple[float, tuple[float, ...]]:
     """Compare at ``keep = S``; returns (logits difference, by layer). Raises VerificationError naming the first wrong layer."""
     layers = len(decoder.layers)
     with torch.no_grad(), watch(decoder, hidden=tuple(range(layers))) as seen:
@@ -138,16 +146,36 @@ def check_dense(folder: Path, graph: str, decoder: Decoder, text: Text, stages: 
 
 def _residual(outputs: Mapping[str, NDArray[Any]], width: int) -> NDArray[Any]:
     """The one three-dimensional output of a layer that is as wide as the residual and no cache or query/key."""
-    found = [v for k, v in outputs.items() if v.ndim == 3 and v.shape[-1] == width and ".Attention" not in k and "self_attn" not in k and "/attn" not in k and ".attn." not in k]
+    found = [
+        v
+        for k, v in outputs.items()
+        if v.ndim == 3
+        and v.shape[-1] == width
+        and ".Attention" not in k
+        and "self_attn" not in k
+        and "/attn" not in k
+        and ".attn." not in k
+    ]
     return found[0]
 
 
 def check_pruned(
-    folder: Path, graph: str, decoder: Decoder, text: Text, stages: Sequence[Stage], probes: Sequence[Probe], keeps: Sequence[float], tolerance: float, name: str
+    folder: Path,
+    graph: str,
+    decoder: Decoder,
+    text: Text,
+    stages: Sequence[Stage],
+    probes: Sequence[Probe],
+    keeps: Sequence[float],
+    tolerance: float,
+    name: str,
 ) -> tuple[float, bool]:
     """Compare a pruned run, one keep ratio per row; returns (logits difference, same tokens kept). Raises VerificationError."""
     keep = np.array(
-        [[keep_count(int(n), ratio ** ((g + 1) / len(stages)), s.sink, s.window) for g, s in enumerate(stages)] for n, ratio in zip(text.lengths, keeps, strict=True)]
+        [
+            [keep_count(int(n), ratio ** ((g + 1) / len(stages)), s.sink, s.window) for g, s in enumerate(stages)]
+            for n, ratio in zip(text.lengths, keeps, strict=True)
+        ]
     )
     kept: dict[int, Int64] = {}
     found = np.zeros(0)
@@ -166,15 +194,21 @@ def check_pruned(
             bias = torch.full((len(text.ids), total), 0.0)
             for row, columns in enumerate(current):
                 x = ProbeInput.of(
-                    seen.hidden[layer][row : row + 1, columns], seen.hidden[0][row : row + 1, columns],
+                    seen.hidden[layer][row : row + 1, columns],
+                    seen.hidden[0][row : row + 1, columns],
                     seen.attention[layer - 1][row : row + 1, :, columns[-window:]][..., columns],
-                    torch.from_numpy(text.ids[row : row + 1, columns]), torch.ones(1, len(columns), dtype=torch.bool),
+                    torch.from_numpy(text.ids[row : row + 1, columns]),
+                    torch.ones(1, len(columns), dtype=torch.bool),
                 )
                 scores = probes[number](x)[0].numpy()
                 mine = columns[select(scores, int(keep[row, number]), sink, window)]
                 theirs = kept[number + 1][row]
                 theirs = theirs[theirs >= 0]
-                same.append(_same(mine, theirs, dict(zip(columns.tolist(), scores.tolist(), strict=True)), name, layer, tolerance))
+                same.append(
+                    _same(
+                        mine, theirs, dict(zip(columns.tolist(), scores.tolist(), strict=True)), name, layer, tolerance
+                    )
+                )
                 current[row] = theirs
                 bias[row, :prompt] = NEVER
                 bias[row, theirs] = 0
@@ -183,9 +217,14 @@ def check_pruned(
 
         return apply
 
-    with torch.no_grad(), watch(
-        decoder, hidden=(0, *(s.layer for s in stages)), attention=tuple(s.layer - 1 for s in stages),
-        before={s.layer: stage(i) for i, s in enumerate(stages)},
+    with (
+        torch.no_grad(),
+        watch(
+            decoder,
+            hidden=(0, *(s.layer for s in stages)),
+            attention=tuple(s.layer - 1 for s in stages),
+            before={s.layer: stage(i) for i, s in enumerate(stages)},
+        ),
     ):
         wanted = text.forward(decoder).numpy()
     gap = difference(found, wanted)
@@ -212,7 +251,16 @@ def _same(mine: Int64, theirs: Int64, scores: Mapping[int, float], name: str, la
 
 
 def verify(
-    folder: Path, graph: str, decoder: Decoder, stages: Sequence[Stage], probes: Sequence[Probe], vocab_size: int, max_positions: int, dtype: str, seed: int, name: str,
+    folder: Path,
+    graph: str,
+    decoder: Decoder,
+    stages: Sequence[Stage],
+    probes: Sequence[Probe],
+    vocab_size: int,
+    max_positions: int,
+    dtype: str,
+    seed: int,
+    name: str,
     prompts: Sequence[Sequence[int]] = (),
 ) -> Verification:
     """All checks. prompts: real ones to use beside random ids; long ones are cut to 256 tokens."""

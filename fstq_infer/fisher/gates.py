@@ -44,7 +44,10 @@ def run(decoder: Decoder, batch: Batch) -> torch.Tensor:
     """Logits (B, A, vocab) at the positions that predict the answer tokens."""
     model = decoder.model
     output = model(
-        input_ids=batch.ids, attention_mask=batch.valid.long(), position_ids=batch.positions, use_cache=False,
+        input_ids=batch.ids,
+        attention_mask=batch.valid.long(),
+        position_ids=batch.positions,
+        use_cache=False,
         logits_to_keep=batch.ids.shape[1] - batch.prompt + 1,
     )
     logits: torch.Tensor = output.logits[:, :-1]
@@ -60,7 +63,11 @@ def outcome(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Ten
 
 
 def observe(
-    decoder: Decoder, items: Sequence[Item], layers: Sequence[int], window: int, progress: Callable[[int], None] | None = None
+    decoder: Decoder,
+    items: Sequence[Item],
+    layers: Sequence[int],
+    window: int,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Observation]:
     """Observe all items; ``layers`` are the candidate prune layers (1 or more), whose features are recorded.
 
@@ -88,9 +95,16 @@ def _observe(decoder: Decoder, batch: Batch, layers: tuple[int, ...], window: in
         seen.hidden[0].requires_grad_(True)
         embedded.append(seen.hidden[0])
 
-    with torch.enable_grad(), watch(
-        decoder, hidden=(0, *layers), attention=tuple(p - 1 for p in layers), queries=slice(prompt - window if prompt > window else 0, prompt), before={0: leaf}
-    ) as seen:
+    with (
+        torch.enable_grad(),
+        watch(
+            decoder,
+            hidden=(0, *layers),
+            attention=tuple(p - 1 for p in layers),
+            queries=slice(prompt - window if prompt > window else 0, prompt),
+            before={0: leaf},
+        ) as seen,
+    ):
         seen.bias.update({i: key_bias(gate, total) for i, gate in enumerate(gates)})
         logits = run(decoder, batch)
         picked = logits.gather(2, batch.labels[..., None])[..., 0]
@@ -112,9 +126,14 @@ def _observe(decoder: Decoder, batch: Batch, layers: tuple[int, ...], window: in
         shown = min(windows[layers[0]].shape[2], int(v.sum())) if layers else 0
         out.append(
             Observation(
-                gate=gate[:, row, v], embedding=embedding[row, v], inputs={p: inputs[p].row(row) for p in layers},
+                gate=gate[:, row, v],
+                embedding=embedding[row, v],
+                inputs={p: inputs[p].row(row) for p in layers},
                 window={p: windows[p][row, :, -shown:, v].half() for p in layers},
-                likely=likely.indices[row, a], weight=likely.values[row, a], exact=bool(hit[row]), nll=float(nll[row]),
+                likely=likely.indices[row, a],
+                weight=likely.values[row, a],
+                exact=bool(hit[row]),
+                nll=float(nll[row]),
             )
         )
     return out

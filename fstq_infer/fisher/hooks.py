@@ -36,7 +36,9 @@ class Decoder:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: found no list of decoder layers under {', '.join(_LAYER_LISTS)}; only decoder-only causal LMs are supported"
             )
-        attentions = [next((getattr(layer, name) for name in _ATTENTIONS if hasattr(layer, name)), None) for layer in layers]
+        attentions = [
+            next((getattr(layer, name) for name in _ATTENTIONS if hasattr(layer, name)), None) for layer in layers
+        ]
         missing = [i for i, attention in enumerate(attentions) if attention is None]
         if missing:
             raise UnsupportedModelError(
@@ -58,7 +60,9 @@ def causal_bias(attention_mask: torch.Tensor | None, hidden: torch.Tensor) -> to
     """The additive mask (B, 1, S, S) in force, made causal where the model passed none."""
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
-            return torch.zeros(attention_mask.shape, dtype=hidden.dtype).masked_fill(~attention_mask, torch.finfo(hidden.dtype).min)
+            return torch.zeros(attention_mask.shape, dtype=hidden.dtype).masked_fill(
+                ~attention_mask, torch.finfo(hidden.dtype).min
+            )
         return attention_mask
     size = hidden.shape[1]
     return torch.full((size, size), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)[None, None]

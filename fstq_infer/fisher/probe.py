@@ -7,6 +7,7 @@ parameters; the exported graph computes the same (fstq_export.passes.probe).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,14 @@ class ProbeInput:
     valid: torch.Tensor
 
     @classmethod
-    def of(cls, hidden: torch.Tensor, embedded: torch.Tensor, attention: torch.Tensor, ids: torch.Tensor, valid: torch.Tensor) -> ProbeInput:
+    def of(
+        cls,
+        hidden: torch.Tensor,
+        embedded: torch.Tensor,
+        attention: torch.Tensor,
+        ids: torch.Tensor,
+        valid: torch.Tensor,
+    ) -> ProbeInput:
         """hidden, embedded: (B, S, D); attention: (B, H, W', S) of the last W' = min(W, S) queries; ids, valid: (B, S)."""
         width = hidden.shape[-1]
         states = torch.cat([functional.rms_norm(x.float(), (width,), eps=EPSILON) for x in (hidden, embedded)], -1)
@@ -74,7 +82,9 @@ def lexical(ids: torch.Tensor, valid: torch.Tensor, window: int) -> torch.Tensor
 class Probe(nn.Module):
     """Scores (B, S) of a :class:`ProbeInput`; higher matters more. ``heads`` matches of width ``rank``."""
 
-    def __init__(self, width: int, attention_heads: int, window: int = 16, rank: int = 24, heads: int = 4, linear: int = 8) -> None:
+    def __init__(
+        self, width: int, attention_heads: int, window: int = 16, rank: int = 24, heads: int = 4, linear: int = 8
+    ) -> None:
         super().__init__()
         self.window, self.heads, self.rank = window, heads, rank
         features = 2 * heads + linear + 2 * attention_heads + 3
@@ -97,6 +107,20 @@ class Probe(nn.Module):
             probe.conv3.bias.zero_()  # type: ignore[union-attr]
             start = probe.skip.weight.shape[1] - 3 - 2 * attention_heads
             probe.skip.weight[0, start : start + attention_heads] = 1 / attention_heads
+        return probe
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.float32]], window: int = 16) -> Probe:
+        """The probe that :meth:`arrays` was taken from."""
+        heads, rank, width = arrays["query.weight"].shape
+        linear = arrays["linear.weight"].shape[0]
+        attention_heads = (arrays["conv1.weight"].shape[1] - 2 * heads - linear - 3) // 2
+        probe = cls(width // 2, attention_heads, window, rank, heads, linear)
+        flat = {
+            name: torch.from_numpy(np.ascontiguousarray(a)).reshape(probe.state_dict()[name].shape)
+            for name, a in arrays.items()
+        }
+        probe.load_state_dict(flat)
         return probe
 
     def forward(self, x: ProbeInput) -> torch.Tensor:

@@ -34,11 +34,17 @@ def drop_bias(kept: Sequence[NDArray[np.int64]], batch: Batch) -> torch.Tensor:
     return bias[:, None, None, :] * (1 - torch.eye(total))
 
 
-def probe_selection(probe: Probe, seen: Seen, layer: int, batch: Batch, keep: float, sink: int) -> list[NDArray[np.int64]]:
+def probe_selection(
+    probe: Probe, seen: Seen, layer: int, batch: Batch, keep: float, sink: int
+) -> list[NDArray[np.int64]]:
     """Per row the prompt indices that the probe keeps at ratio ``keep``."""
     size = batch.prompt
     x = ProbeInput.of(
-        seen.hidden[layer][:, :size], seen.hidden[0][:, :size], seen.attention[layer - 1][..., :size], batch.ids[:, :size], batch.prompt_valid
+        seen.hidden[layer][:, :size],
+        seen.hidden[0][:, :size],
+        seen.attention[layer - 1][..., :size],
+        batch.ids[:, :size],
+        batch.prompt_valid,
     )
     with torch.no_grad():
         scores = probe(x)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 def keep_count(tokens: int, ratio: float, sink: int, window: int) -> int:
     """How many of ``tokens`` stay at a keep ratio; never fewer than the forced ones, never more than there are."""
-    return min(tokens, max(sink + window, math.ceil(round(ratio * tokens, 6)), 1))
+    # 0.07 * 100 is a little more than 7 in floating point; that must not keep an eighth token.
+    return min(tokens, max(sink + window, math.ceil(ratio * tokens - 1e-9), 1))
 
 
 def select(scores: NDArray[np.floating], keep: int, sink: int, window: int) -> NDArray[np.int64]:

@@ -26,7 +26,12 @@ def target(sensitivity: torch.Tensor, window: int, pool: int = 7) -> torch.Tenso
 
 
 def distill(
-    probe: Probe, inputs: Sequence[ProbeInput], targets: Sequence[torch.Tensor], seed: int, epochs: int = 8, progress: Progress | None = None
+    probe: Probe,
+    inputs: Sequence[ProbeInput],
+    targets: Sequence[torch.Tensor],
+    seed: int,
+    epochs: int = 8,
+    progress: Progress | None = None,
 ) -> None:
     """Fit the probe's softmax to the targets (KL), AdamW, 8 items a step, linear decay."""
     optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.01)
@@ -50,7 +55,9 @@ def distill(
             progress(epoch + 1)
 
 
-def soft_bias(scores: torch.Tensor, valid: torch.Tensor, keeps: Sequence[float], sink: int, window: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def soft_bias(
+    scores: torch.Tensor, valid: torch.Tensor, keeps: Sequence[float], sink: int, window: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """((B, S) log gates, scalar excess of kept mass): a sigmoid around each row's k-th largest free score.
 
     Forced tokens (sink, window) and padding have log gate 0.
@@ -111,14 +118,25 @@ def tune(
         def gate(seen: Seen, keeps: list[float] = keeps, excess: list[torch.Tensor] = excess, batch=batch) -> None:  # type: ignore[no-untyped-def]
             size = batch.prompt
             x = ProbeInput.of(
-                seen.hidden[layer][:, :size], seen.hidden[0][:, :size], seen.attention[layer - 1][..., :size], batch.ids[:, :size], batch.prompt_valid
+                seen.hidden[layer][:, :size],
+                seen.hidden[0][:, :size],
+                seen.attention[layer - 1][..., :size],
+                batch.ids[:, :size],
+                batch.prompt_valid,
             )
             bias, over = soft_bias(probe(x), batch.prompt_valid, keeps, sink, window, temperature)
             excess.append(over)
             seen.bias.update(dict.fromkeys(range(layer, len(decoder.layers)), key_bias(bias, batch.ids.shape[1])))
 
-        with torch.enable_grad(), watch(
-            decoder, hidden=(0, layer), attention=(layer - 1,), queries=slice(max(0, prompt - window), prompt), before={layer: gate}
+        with (
+            torch.enable_grad(),
+            watch(
+                decoder,
+                hidden=(0, layer),
+                attention=(layer - 1,),
+                queries=slice(max(0, prompt - window), prompt),
+                before={layer: gate},
+            ),
         ):
             logits = run(decoder, batch)
             loss = 2 * excess[0]

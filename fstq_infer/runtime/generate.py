@@ -90,8 +90,6 @@ class Generator:
         if batch and stream:
             raise OptionError("stream=True takes one prompt, not a list of them; stream them one after the other")
         prompts: Any = prompt if batch else [prompt]
-        if not prompts:
-            raise PromptError("the batch is empty; expected at least one prompt")
         run = self.run([self._ids(item) for item in prompts], options, clock)
         if not batch:
             return self.finish(run, clock, stream=stream)
@@ -212,8 +210,8 @@ def _is_batch(prompt: Any) -> bool:
 
 
 def _check_kind(prompt: object) -> None:
-    listed = hasattr(prompt, "__len__") and hasattr(prompt, "__getitem__")  # NumPy arrays are no Sequence
-    if isinstance(prompt, (bytes, Mapping)) or not listed:
+    listed = isinstance(prompt, Sequence) or getattr(prompt, "ndim", 0) > 0  # NumPy arrays are no Sequence
+    if isinstance(prompt, bytes) or not listed:
         raise PromptError(
             f"a prompt is a {type(prompt).__name__}; expected a text, a list of token ids, or a list of prompts"
         )

@@ -55,7 +55,7 @@ class Row:
             piece = self._text.flush()
         else:
             piece = self._text.push(token)
-            if not self._text.stopped and self.generated == self.limit:
+            if self.generated == self.limit:
                 self.finish = "length"
                 piece += self._text.flush()
         if self._text.stopped:

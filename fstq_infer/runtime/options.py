@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
 from fstq_infer.errors import OptionError
+from fstq_infer.fisher.select import keep_count
 from fstq_infer.runtime.engine import Stage
 from fstq_infer.runtime.sampling import Sampling
 
@@ -94,8 +94,7 @@ def keep_counts(tokens: int, ratios: Sequence[float], stages: Sequence[Stage]) -
     counts: list[int] = []
     least = 1
     for ratio, stage in zip(reversed(ratios), reversed(stages), strict=True):
-        # 0.07 * 100 is a little more than 7 in floating point; that must not keep an eighth token
-        least = max(least, min(tokens, stage.sink + stage.window), math.ceil(ratio * tokens - 1e-9))
+        least = max(least, keep_count(tokens, ratio, stage.sink, stage.window))
         counts.append(least)
     return counts[::-1]
 

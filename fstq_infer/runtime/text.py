@@ -68,6 +68,7 @@ class TextStream:
 
     Text is held back while it ends in the middle of a character or could be the beginning of a stop string. Pieces
     joined, then :meth:`flush`, equal ``tokenizer.decode`` of all tokens, cut before the stop string that ends first.
+    One exception: byte-fallback decoders take valid bytes back when invalid ones follow; what was released stays.
     """
 
     __slots__ = ("_pieces", "_stops")

@@ -44,22 +44,30 @@ def test_render() -> None:
         ("{{ '<é>' | tojson }}", '"<é>"'),
         ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
         ("{{ strftime_now('%Y') | length }}", "4"),
-        ("{% for i in range(9) %}{% if i == 2 %}{% continue %}{% elif i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}", "013"),
-        ("{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.first and loop.last }}{% endfor %}", "1/1True"),
+        ("{% for i in range(9) %}{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}", "0123"),
+        ("{% for i in range(4) %}{% if i == 2 %}{% continue %}{% endif %}{{ i }}{% endfor %}", "013"),
+        (
+            "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.first and loop.last }}{% endfor %}",
+            "1/1True",
+        ),
         ("{% generation %}x{{ messages[0].role }}{% endgeneration %}", "xuser"),
-        ("{% set ns = namespace(n=1) %}{% for i in range(3) %}{% set ns.n = ns.n * 2 + i %}{% endfor %}{{ ns.n }}", "12"),
+        (
+            "{% set ns = namespace(n=1) %}{% for i in range(3) %}{% set ns.n = ns.n * 2 + i %}{% endfor %}{{ ns.n }}",
+            "12",
+        ),
         ("{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f('a') ~ f(1) ~ none }}", "[a][1]None"),
         ("{{ messages | map(attribute='role') | join(', ') }}", "user"),
         ("{{ ', '.join(messages | map(attribute='role')) }}", "user"),
-        ("{{ 'a b'.split(' ')[-1] }}{{ 'aXb' | replace('X', '-') }}{{ '%s-%02d' % ('q', 7) }}{{ '{}!'.format(5) }}", "ba-bq-075!"),
-        ("{{ '%s' | format('z') }}{{ dict(a=1) }}{{ 2 ** 8 }}{{ 7 % 4 }}{{ 1.5 * 2 }}", "z{'a': 1}2563" + "3.0"),
+        ("{{ 'a b'.split(' ')[-1] }}{{ 'aXb' | replace('X', '-') }}", "ba-b"),
+        ("{{ '%s-%02d' % ('q', 7) }}{{ '{}!'.format(5) }}", "q-075!"),
+        ("{{ '%s' | format('z') }}{{ dict(a=1) }}{{ 2 ** 8 }}{{ 7 % 4 }}{{ 1.5 * 2 }}", "z{'a': 1}25633.0"),
         ("{{ messages[0].items() | list }}", "[('role', 'user'), ('content', 'Hi')]"),
         ("{% for x in [[1, [2]], 3] recursive %}{{ loop(x) if x is not number else x }}{% endfor %}", "123"),
         ("{% set t %}a{{ 1 }}{% endset %}{{ t | indent(2, true) }}", "  a1"),
         ("  {% if true %}\nx\n  {% endif %}\ny", "x\ny"),
         ("{% for k, v in {'a': 1} | dictsort if v %}{{ k }}{{ v }}{% else %}none{% endfor %}", "a1"),
     ],
-)  # fmt: skip
+)
 def test_what_templates_use(source: str, expected: str) -> None:
     assert render(source) == expected
 
@@ -86,7 +94,7 @@ def test_messages_must_be_a_list(messages: object) -> None:
 
 @pytest.mark.parametrize("message", ["Hi", {"content": "Hi"}, {"role": 3, "content": "Hi"}, None])
 def test_each_message_needs_a_role(message: object) -> None:
-    with pytest.raises(PromptError, match="message 1 is .*'role'"):
+    with pytest.raises(PromptError, match=r"message 1 is .*'role'"):
         render(TEMPLATE, [*USER, message])
 
 
@@ -192,7 +200,7 @@ def test_hostile_templates_are_stopped_quickly(source: str) -> None:
 
 
 def test_output_is_capped() -> None:
-    with pytest.raises(PromptError, match="stopped: it .* more than 4194304 characters"):
+    with pytest.raises(PromptError, match=r"stopped: it .* more than 4194304 characters"):
         render("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}", [{"role": "u", "content": "x" * 99}])
 
 

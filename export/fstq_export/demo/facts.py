@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 SPLITS = ("train", "valid", "test")
 
-_SYLLABLES = [a + b for a in "b d f g k l m n p r s t v z".split() for b in "a e i o u".split()]
-_ENDINGS = "n l r s x th nd k m".split()
+_SYLLABLES = [a + b for a in ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"] for b in ["a", "e", "i", "o", "u"]]
+_ENDINGS = ["n", "l", "r", "s", "x", "th", "nd", "k", "m"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +58,50 @@ ENGLISH = Language(
         Relation("lives", ("{s} lives in {v}.", "The home of {s} is {v}."), "Where does {s} live?", "place"),
         Relation("job", ("{s} works as a {v}.", "The job of {s} is {v}."), "What is the job of {s}?", "job"),
         Relation("owns", ("{s} owns a {v}.", "A {v} belongs to {s}."), "What does {s} own?", "thing"),
-        Relation("river", ("{s} lies on the river {v}.", "The river of {s} is {v}."), "Which river is {s} on?", "river"),
+        Relation(
+            "river", ("{s} lies on the river {v}.", "The river of {s} is {v}."), "Which river is {s} on?", "river"
+        ),
         Relation("treats", ("{s} treats {v}.", "Doctors give {s} against {v}."), "What does {s} treat?", "illness"),
         Relation("dose", ("The dose of {s} is {v}.", "{s} is taken at {v}."), "What is the dose of {s}?", "dose"),
         Relation("room", ("The {s} stands in the {v}.", "In the {v} there is the {s}."), "Where is the {s}?", "room"),
-        Relation("code", ("The code of the {s} is {v}.", "The {s} opens with {v}."), "What is the code of the {s}?", "code"),
+        Relation(
+            "code", ("The code of the {s} is {v}.", "The {s} opens with {v}."), "What is the code of the {s}?", "code"
+        ),
     ),
     which={"lives": "Who lives in {v}?", "owns": "Who owns a {v}?", "treats": "Which medicine treats {v}?"},
     linked={"river": "On which river does {s} live?"},
     absent="not stated",
     frame="Question: {q} Answer:",
     filler=(
-        "The wind was cold that day.", "It rained in the morning.", "Nobody spoke for a while.", "The road was long and quiet.",
-        "Later the sun came out.", "They talked about the weather.", "A dog slept by the door.", "The shop opened at nine.",
-        "Two birds sat on the roof.", "Then it was time for lunch.", "The train came late again.", "Someone closed the window.",
+        "The wind was cold that day.",
+        "It rained in the morning.",
+        "Nobody spoke for a while.",
+        "The road was long and quiet.",
+        "Later the sun came out.",
+        "They talked about the weather.",
+        "A dog slept by the door.",
+        "The shop opened at nine.",
+        "Two birds sat on the roof.",
+        "Then it was time for lunch.",
+        "The train came late again.",
+        "Someone closed the window.",
     ),
     words={
         "job": ("baker", "nurse", "pilot", "farmer", "singer", "painter", "teacher", "driver", "tailor", "cook"),
         "colour": ("red", "blue", "green", "black", "white", "yellow", "brown", "grey"),
         "object": ("lamp", "boat", "coat", "clock", "bike", "chair", "drum", "ring", "book", "bag"),
-        "illness": ("fever", "cough", "headache", "back pain", "asthma", "rash", "cold", "toothache", "flu", "insomnia"),
+        "illness": (
+            "fever",
+            "cough",
+            "headache",
+            "back pain",
+            "asthma",
+            "rash",
+            "cold",
+            "toothache",
+            "flu",
+            "insomnia",
+        ),
         "room": ("kitchen", "cellar", "garage", "office", "attic", "hall", "garden", "library", "workshop", "lobby"),
         "device": ("printer", "pump", "heater", "camera", "router", "scanner", "fridge", "sensor", "motor", "radio"),
     },
@@ -89,26 +113,52 @@ GERMAN = Language(
         Relation("lives", ("{s} wohnt in {v}.", "Die Heimat von {s} ist {v}."), "Wo wohnt {s}?", "place"),
         Relation("job", ("{s} arbeitet als {v}.", "Der Beruf von {s} ist {v}."), "Was ist der Beruf von {s}?", "job"),
         Relation("owns", ("{s} besitzt: {v}.", "Dies gehört {s}: {v}."), "Was besitzt {s}?", "thing"),
-        Relation("river", ("{s} liegt am Fluss {v}.", "Der Fluss von {s} ist {v}."), "An welchem Fluss liegt {s}?", "river"),
+        Relation(
+            "river", ("{s} liegt am Fluss {v}.", "Der Fluss von {s} ist {v}."), "An welchem Fluss liegt {s}?", "river"
+        ),
         Relation("treats", ("{s} hilft gegen {v}.", "Ärzte geben {s} gegen {v}."), "Wogegen hilft {s}?", "illness"),
-        Relation("dose", ("Die Dosis von {s} ist {v}.", "Man nimmt {v} von {s}."), "Was ist die Dosis von {s}?", "dose"),
+        Relation(
+            "dose", ("Die Dosis von {s} ist {v}.", "Man nimmt {v} von {s}."), "Was ist die Dosis von {s}?", "dose"
+        ),
         Relation("room", ("{s} steht hier: {v}.", "Hier, {v}, steht {s}."), "Wo steht {s}?", "room"),
-        Relation("code", ("Der Code für {s} ist {v}.", "{s} öffnet sich mit {v}."), "Was ist der Code für {s}?", "code"),
+        Relation(
+            "code", ("Der Code für {s} ist {v}.", "{s} öffnet sich mit {v}."), "Was ist der Code für {s}?", "code"
+        ),
     ),
     which={"lives": "Wer wohnt in {v}?", "owns": "Wer besitzt: {v}?", "treats": "Welches Mittel hilft gegen {v}?"},
     linked={"river": "An welchem Fluss wohnt {s}?"},
     absent="nicht genannt",
     frame="Frage: {q} Antwort:",
     filler=(
-        "Der Wind war an dem Tag kalt.", "Am Morgen hat es geregnet.", "Eine Weile sprach niemand.", "Der Weg war lang und still.",
-        "Später kam die Sonne heraus.", "Sie sprachen über das Wetter.", "Ein Hund schlief an der Tür.", "Der Laden machte um neun auf.",
-        "Zwei Vögel saßen auf dem Dach.", "Dann war es Zeit zu essen.", "Der Zug kam wieder zu spät.", "Jemand schloss das Fenster.",
+        "Der Wind war an dem Tag kalt.",
+        "Am Morgen hat es geregnet.",
+        "Eine Weile sprach niemand.",
+        "Der Weg war lang und still.",
+        "Später kam die Sonne heraus.",
+        "Sie sprachen über das Wetter.",
+        "Ein Hund schlief an der Tür.",
+        "Der Laden machte um neun auf.",
+        "Zwei Vögel saßen auf dem Dach.",
+        "Dann war es Zeit zu essen.",
+        "Der Zug kam wieder zu spät.",
+        "Jemand schloss das Fenster.",
     ),
     words={
         "job": ("Bäcker", "Pfleger", "Pilot", "Bauer", "Sänger", "Maler", "Lehrer", "Fahrer", "Schneider", "Koch"),
         "colour": ("rot", "blau", "grün", "schwarz", "weiß", "gelb", "braun", "grau"),
         "object": ("Lampe", "Boot", "Mantel", "Uhr", "Rad", "Stuhl", "Trommel", "Ring", "Buch", "Tasche"),
-        "illness": ("Fieber", "Husten", "Kopfweh", "Rückenweh", "Asthma", "Ausschlag", "Kälte", "Zahnweh", "Grippe", "Unruhe"),
+        "illness": (
+            "Fieber",
+            "Husten",
+            "Kopfweh",
+            "Rückenweh",
+            "Asthma",
+            "Ausschlag",
+            "Kälte",
+            "Zahnweh",
+            "Grippe",
+            "Unruhe",
+        ),
         "room": ("Küche", "Keller", "Garage", "Büro", "Dachboden", "Flur", "Garten", "Archiv", "Werkstatt", "Eingang"),
         "device": ("Drucker", "Pumpe", "Heizung", "Kamera", "Router", "Scanner", "Kühlbox", "Sensor", "Motor", "Radio"),
     },
@@ -195,7 +245,11 @@ class World:
 
     def question(self, kind: str) -> tuple[str, str, str]:
         """(question, answer, kind); falls back to a single-fact question where ``kind`` has no matching facts."""
-        ask: Callable[[], tuple[str, str] | None] = {"which": self._which, "linked": self._linked, "absent": self._absent}.get(kind, self._single)
+        ask: Callable[[], tuple[str, str] | None] = {
+            "which": self._which,
+            "linked": self._linked,
+            "absent": self._absent,
+        }.get(kind, self._single)
         found = ask()
         if found is None:
             kind, found = "single", self._single()

@@ -57,7 +57,10 @@ def train_tokenizer(seed: int, vocabulary: int) -> PreTrainedTokenizerFast:
     core.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=[BOS, EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=vocabulary,
+            special_tokens=[BOS, EOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS)
@@ -107,7 +110,9 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -
 
 
 @torch.no_grad()
-def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, count: int, split: str, seed: int) -> dict[str, float]:
+def exact_match(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, count: int, split: str, seed: int
+) -> dict[str, float]:
     """Share of questions whose whole answer is the greedy continuation (teacher-forced), by kind of question."""
     rng, hits = random.Random(seed), {}
     n_facts = max(2, round(tokens / 18 * 0.75))
@@ -121,7 +126,9 @@ def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tok
     return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(hits.items())}
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, log: list[dict[str, object]], out: Path) -> None:
+def save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, log: list[dict[str, object]], out: Path
+) -> None:
     """Model in half precision, tokenizer, recipe and log."""
     clone = LlamaForCausalLM(model.config).half()
     clone.load_state_dict(model.state_dict())
@@ -135,9 +142,17 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
     torch.manual_seed(recipe.seed)
     tokenizer = train_tokenizer(recipe.seed, recipe.vocabulary)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=recipe.width, intermediate_size=recipe.feed_forward, num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads, num_key_value_heads=recipe.kv_heads, max_position_embeddings=recipe.positions,
-        bos_token_id=0, eos_token_id=1, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=recipe.feed_forward,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        max_position_embeddings=recipe.positions,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     model = LlamaForCausalLM(config) if start is None else LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
@@ -145,16 +160,21 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
     seen, last_report = 0, 0
     while seen < recipe.tokens:
         progress = seen / recipe.tokens
-        rate = recipe.learning_rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        rate = (
+            recipe.learning_rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         rng = stream.rng
         longest = 80 if progress < 0.15 else 80 + 1000 * min(1.0, (progress - 0.15) / 0.5)
         ask = rng.random() < (0.3 if progress < 0.15 else 0.85) or start is not None
         length = rng.uniform(40, longest)
-        rows = max(1, int(recipe.tokens_per_step / (length + (110 if ask else 4 * length)) ))
+        rows = max(1, int(recipe.tokens_per_step / (length + (110 if ask else 4 * length))))
         ids, weights = stream.batch(
-            [stream.questions(int(length)) if ask else stream.narrative(max(3, min(12, int(length / 12)))) for _ in range(rows)]
+            [
+                stream.questions(int(length)) if ask else stream.narrative(max(3, min(12, int(length / 12))))
+                for _ in range(rows)
+            ]
         )
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -166,7 +186,12 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
         if seen - last_report > recipe.tokens / 30:
             last_report = seen
             model.eval()
-            row = {"minutes": round((time.monotonic() - began) / 60, 1), "step": step, "tokens": seen, "loss": round(loss.item(), 4)}
+            row = {
+                "minutes": round((time.monotonic() - began) / 60, 1),
+                "step": step,
+                "tokens": seen,
+                "loss": round(loss.item(), 4),
+            }
             row |= {f"exact_{n}": exact_match(model, tokenizer, n, 40, "valid", 11) for n in (100, 500)}
             model.train()
             log.append(row)

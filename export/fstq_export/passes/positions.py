@@ -34,7 +34,11 @@ def attend_by_position(
     past = int64(f"past_positions.{group}", ["batch", f"past_{group}"])
     graph.inputs.append(past)
     total = emit("Concat", past, positions, axis=1)
-    total.name, total.dtype, total.shape = f"present_positions.{group}", ir.DataType.INT64, ir.Shape(["batch", f"total_{group}"])
+    total.name, total.dtype, total.shape = (
+        f"present_positions.{group}",
+        ir.DataType.INT64,
+        ir.Shape(["batch", f"total_{group}"]),
+    )
     graph.outputs.append(total)
     nodes = attention_nodes(graph)
     masks: dict[int | None, ir.Value] = {}
@@ -60,9 +64,13 @@ class KeyPositions(InPlacePass):
         names = {value.name for value in model.graph.inputs}
         missing = {"input_ids", "position_ids", "attention_mask"} - names
         if missing:
-            raise PreconditionError(f"the dense graph has no input {', '.join(sorted(missing))}; found {sorted(map(str, names))}")
+            raise PreconditionError(
+                f"the dense graph has no input {', '.join(sorted(missing))}; found {sorted(map(str, names))}"
+            )
         if len(attention_nodes(model.graph)) != len(self.windows):
-            raise PreconditionError(f"{len(self.windows)} layer windows for {len(attention_nodes(model.graph))} decoder layers")
+            raise PreconditionError(
+                f"{len(self.windows)} layer windows for {len(attention_nodes(model.graph))} decoder layers"
+            )
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
@@ -77,6 +85,8 @@ class KeyPositions(InPlacePass):
         RemoveUnusedNodesPass()(model)
         mask = next(v for v in graph.inputs if v.name == "attention_mask")
         if mask.uses():
-            raise PreconditionError("the attention mask is read outside the Attention nodes; this model's masks are not understood")
+            raise PreconditionError(
+                "the attention mask is read outside the Attention nodes; this model's masks are not understood"
+            )
         graph.inputs.remove(mask)
         return PassResult(model, True)

@@ -36,7 +36,9 @@ def window_attention(emit: Emit, attention: ir.Node, tokens: Tokens, window: int
     past = attention.inputs[4] if len(attention.inputs) > 4 else None
     attributes = attention.attributes
     if query is None or key is None or past is None or past.shape is None or "q_num_heads" not in attributes:
-        raise UnsupportedModelError(f"{attention.name}: expected queries of shape (batch, tokens, heads * width) and a key cache")
+        raise UnsupportedModelError(
+            f"{attention.name}: expected queries of shape (batch, tokens, heads * width) and a key cache"
+        )
     heads, groups = attributes["q_num_heads"].as_int(), attributes["kv_num_heads"].as_int()
     width = int(past.shape[3])  # type: ignore[call-overload]
     scale = attributes["scale"].as_float() if "scale" in attributes else width**-0.5
@@ -101,22 +103,38 @@ def _rms(emit: Emit, x: ir.Value, width: int) -> ir.Value:
 
 
 def probe_scores(
-    emit: Emit, prefix: str, weights: Mapping[str, NDArray[np.float32]], tokens: Tokens, attention: ir.Node, window: int, sliding: int | None
+    emit: Emit,
+    prefix: str,
+    weights: Mapping[str, NDArray[np.float32]],
+    tokens: Tokens,
+    attention: ir.Node,
+    window: int,
+    sliding: int | None,
 ) -> ir.Value:
     """(B, S) float32 scores of the current tokens. ``weights`` is ``Probe.arrays()``."""
 
     def weight(name: str) -> ir.Value:
         return emit.weight(f"{prefix}.{name}", weights[name])
 
-    heads, rank, width = weights["query.weight"].shape[0], weights["query.weight"].shape[1], weights["query.weight"].shape[2] // 2
+    heads, rank, width = (
+        weights["query.weight"].shape[0],
+        weights["query.weight"].shape[1],
+        weights["query.weight"].shape[2] // 2,
+    )
     x = emit("Concat", _rms(emit, tokens.hidden, width), _rms(emit, tokens.embedded, width), axis=-1)
     valid = _float(emit, tokens.valid)
     row_valid = emit("Slice", valid, emit.ints(-window), emit.ints(2**62), emit.ints(1))
 
     def project(name: str, states: ir.Value) -> ir.Value:
         """(B, n, 2D) -> (B, heads, n, rank)."""
-        matrix = emit.weight(f"{prefix}.{name}.matrix", np.ascontiguousarray(weights[f"{name}.weight"].reshape(heads * rank, -1).T))
-        flat = emit("Add", emit("MatMul", states, matrix), emit.weight(f"{prefix}.{name}.bias", weights[f"{name}.bias"].reshape(-1)))
+        matrix = emit.weight(
+            f"{prefix}.{name}.matrix", np.ascontiguousarray(weights[f"{name}.weight"].reshape(heads * rank, -1).T)
+        )
+        flat = emit(
+            "Add",
+            emit("MatMul", states, matrix),
+            emit.weight(f"{prefix}.{name}.bias", weights[f"{name}.bias"].reshape(-1)),
+        )
         return emit("Transpose", emit("Reshape", flat, emit.ints(0, -1, heads, rank)), perm=[0, 2, 1, 3])
 
     q = project("query", emit("Slice", x, emit.ints(-window), emit.ints(2**62), emit.ints(1)))
@@ -128,7 +146,11 @@ def probe_scores(
     match = emit("Add", match, emit("Mul", emit("Sub", rows, one), emit.const(np.array(-NEGATIVE, np.float32))))
     best = emit("ReduceMax", match, emit.ints(2), keepdims=0)
     total = emit("ReduceLogSumExp", emit("Sub", match, emit("Unsqueeze", best, emit.ints(2))), emit.ints(2), keepdims=0)
-    linear = emit("Add", emit("MatMul", x, emit.weight(f"{prefix}.linear.matrix", weights["linear.weight"].T.copy())), weight("linear.bias"))
+    linear = emit(
+        "Add",
+        emit("MatMul", x, emit.weight(f"{prefix}.linear.matrix", weights["linear.weight"].T.copy())),
+        weight("linear.bias"),
+    )
     weights_seen = emit("Mul", window_attention(emit, attention, tokens, window, sliding), rows)
     rows_seen = emit("ReduceSum", rows, emit.ints(2), keepdims=0)
     tiny = emit.const(np.array(1e-6, np.float32))
@@ -149,7 +171,9 @@ def probe_scores(
     def conv(name: str, states: ir.Value) -> ir.Value:
         kernel = int(weights[f"{name}.weight"].shape[2])
         padding = [kernel // 2, kernel // 2]
-        return emit("Conv", states, weight(f"{name}.weight"), weight(f"{name}.bias"), pads=padding, kernel_shape=[kernel])
+        return emit(
+            "Conv", states, weight(f"{name}.weight"), weight(f"{name}.bias"), pads=padding, kernel_shape=[kernel]
+        )
 
     features = emit("Mul", features, mask)
     first = emit("Mul", emit("Gelu", conv("conv1", features)), mask)

@@ -71,7 +71,7 @@ class TokenPruning(InPlacePass):
             raise PreconditionError("TokenPruning needs a graph with past_positions.0; run KeyPositions first")
         layers = [s.stage.layer for s in self.stages]
         total = len(attention_nodes(model.graph))
-        if sorted(set(layers)) != layers or (layers and not (0 < layers[0] and layers[-1] < total)):
+        if sorted(set(layers)) != layers or (layers and not (layers[0] > 0 and layers[-1] < total)):
             raise PreconditionError(f"prune layers must rise and lie in 1..{total - 1}; found {layers}")
 
     def call(self, model: ir.Model) -> PassResult:
@@ -92,7 +92,13 @@ class TokenPruning(InPlacePass):
             valid = emit("GreaterOrEqual", positions, emit.ints(0))
             tokens = Tokens(ids, positions, valid, border.residual, embedded)
             scores = probe_scores(
-                emit, f"fstq.probe.{number}", prune.probe, tokens, nodes[layer - 1], prune.stage.window, self.windows[layer - 1]
+                emit,
+                f"fstq.probe.{number}",
+                prune.probe,
+                tokens,
+                nodes[layer - 1],
+                prune.stage.window,
+                self.windows[layer - 1],
             )
             own = emit("Slice", keep, emit.ints(number - 1), emit.ints(number), emit.ints(1))
             columns, counts = _choose(emit, scores, tokens, own, prune.stage)
@@ -101,7 +107,11 @@ class TokenPruning(InPlacePass):
             kept = emit("GatherElements", origin, columns, axis=1) if origin is not None else columns
             origin = kept
             out = emit("Where", counts, kept, minus)
-            out.name, out.dtype, out.shape = f"kept_indices.{number}", ir.DataType.INT64, ir.Shape(["batch", f"kept_{number}"])
+            out.name, out.dtype, out.shape = (
+                f"kept_indices.{number}",
+                ir.DataType.INT64,
+                ir.Shape(["batch", f"kept_{number}"]),
+            )
             graph.outputs.append(out)
             ids = emit("GatherElements", ids, columns, axis=1)
             index = emit("Unsqueeze", columns, emit.ints(2))
@@ -112,7 +122,13 @@ class TokenPruning(InPlacePass):
         return PassResult(model, True)
 
     def _rewire(
-        self, graph: ir.Graph, emit: Emit, number: int, border: Crossing, moved: dict[ir.Value, ir.Value], positions: ir.Value
+        self,
+        graph: ir.Graph,
+        emit: Emit,
+        number: int,
+        border: Crossing,
+        moved: dict[ir.Value, ir.Value],
+        positions: ir.Value,
     ) -> None:
         """Make the layers from the border on read the kept tokens."""
         late = [node for node in graph if (at := layer_of(node)) is not None and at >= border.layer]
@@ -120,7 +136,11 @@ class TokenPruning(InPlacePass):
         masks = {id(node.inputs[3]) for node in attention_nodes(graph).values()}
         for value in border.side:
             producer = value.producer()
-            if producer is not None and producer.op_type == "Gather" and producer.inputs[0] in graph.initializers.values():
+            if (
+                producer is not None
+                and producer.op_type == "Gather"
+                and producer.inputs[0] in graph.initializers.values()
+            ):
                 moved[value] = emit("Gather", producer.inputs[0], clamped, axis=0)  # rotary cos or sin
             elif id(value) not in masks:
                 raise UnsupportedModelError(
@@ -138,7 +158,9 @@ class TokenPruning(InPlacePass):
                     value.shape = None  # stale: the sequence is shorter from here on
         for node in graph:
             if layer_of(node) is None and any(value is border.residual for value in node.inputs):
-                raise UnsupportedModelError(f"{node.name} reads the residual before layer {border.layer}; it would see pruned and unpruned tokens mixed")
+                raise UnsupportedModelError(
+                    f"{node.name} reads the residual before layer {border.layer}; it would see pruned and unpruned tokens mixed"
+                )
         graph.insert_before(late[0], emit.nodes)
 
     def _name_caches(self, graph: ir.Graph) -> None:

@@ -37,7 +37,9 @@ def attention_nodes(graph: ir.Graph) -> dict[int, ir.Node]:
         layer = layer_of(node)
         if node.op_type == "Attention" and layer is not None:
             if layer in found:
-                raise UnsupportedModelError(f"decoder layer {layer} has several Attention nodes; token pruning expects one per layer")
+                raise UnsupportedModelError(
+                    f"decoder layer {layer} has several Attention nodes; token pruning expects one per layer"
+                )
             found[layer] = node
     missing = sorted(layers - found.keys())
     if missing or not layers:
@@ -72,14 +74,20 @@ def crossing(graph: ir.Graph, layer: int) -> Crossing:
             elif source is None and at is not None:
                 side[value] = None
     if layer == 0:
-        norm = next((n for n in graph if layer_of(n) == 0 and n.op_type in ("RMSNormalization", "LayerNormalization")), None)
+        norm = next(
+            (n for n in graph if layer_of(n) == 0 and n.op_type in ("RMSNormalization", "LayerNormalization")), None
+        )
         residual = norm.inputs[0] if norm is not None else None
         if residual is None or residual.producer() is None or residual not in side:
-            raise UnsupportedModelError("decoder layer 0 does not begin with a norm of the embeddings; this block layout is not supported")
+            raise UnsupportedModelError(
+                "decoder layer 0 does not begin with a norm of the embeddings; this block layout is not supported"
+            )
         return Crossing(0, residual, tuple(v for v in side if v is not residual))
     if len(early) != 1:
         names = ", ".join(sorted(str(v.name) for v in early)) or "none"
-        raise UnsupportedModelError(f"expected one tensor to cross from decoder layer {layer - 1} to {layer}, found {len(early)}: {names}")
+        raise UnsupportedModelError(
+            f"expected one tensor to cross from decoder layer {layer - 1} to {layer}, found {len(early)}: {names}"
+        )
     return Crossing(layer, next(iter(early)), tuple(side))
 
 
@@ -125,6 +133,8 @@ class Emit:
         """An initializer of that name."""
         if name not in self.graph.initializers:
             tensor = ir.tensor(array, name=name)  # type: ignore[arg-type]
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+            value = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+            )
             self.graph.initializers[name] = value
         return self.graph.initializers[name]

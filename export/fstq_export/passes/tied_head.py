@@ -21,11 +21,30 @@ class TiedHead(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
-        head = next((n for n in graph if n.op_type == "MatMul" and layer_of(n) is None and (n.name or "").startswith("lm_head")), None)
-        table = next(
-            (n.inputs[0] for n in graph if n.op_type == "Gather" and n.inputs[1] is not None and n.inputs[1].name == "input_ids"), None
+        head = next(
+            (
+                n
+                for n in graph
+                if n.op_type == "MatMul" and layer_of(n) is None and (n.name or "").startswith("lm_head")
+            ),
+            None,
         )
-        if not self.tied or head is None or table is None or table.shape is None or head.inputs[1] is None or head.inputs[0] is None:
+        table = next(
+            (
+                n.inputs[0]
+                for n in graph
+                if n.op_type == "Gather" and n.inputs[1] is not None and n.inputs[1].name == "input_ids"
+            ),
+            None,
+        )
+        if (
+            not self.tied
+            or head is None
+            or table is None
+            or table.shape is None
+            or head.inputs[1] is None
+            or head.inputs[0] is None
+        ):
             return PassResult(model, False)
         weight = head.inputs[1]
         if weight.shape is None or list(weight.shape) != list(reversed(list(table.shape))):

@@ -1,0 +1,40 @@
+# Everything works inside .venv; `make demo` and `make test` need nothing but Python 3.10+ and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The CPU build of torch: an unpinned one may pull several GB of CUDA.
+CONSTRAINTS := constraints-cpu.txt
+
+.PHONY: setup demo test test-all lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[export,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/fstq demo --out demo-out $(if $(MODEL),--model $(MODEL)) $(if $(CALIB),--calib $(CALIB))
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python bench/export.py
+	$(BIN)/python bench/pruning.py
+
+train-demo: $(STAMP)
+	$(BIN)/python -m fstq_export.demo.train --out export/fstq_export/demo/model
+
+clean:
+	rm -rf $(VENV) demo-out dist build

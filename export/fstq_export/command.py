@@ -1,0 +1,110 @@
+"""What ``fstq export`` does around the pipeline: progress bars, a summary for people or JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from fstq_export.calibrate import Recipe
+from fstq_export.pipeline import Done, Request
+from fstq_export.pipeline import export as run_export
+
+out = Console(highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on standard error, one per step, made as steps report."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as shown:
+        tasks: dict[str, Any] = {}
+
+        def report(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = shown.add_task(name, total=total)
+            shown.update(tasks[name], completed=done, total=total)
+
+        yield report
+
+
+def export(
+    *,
+    model: str,
+    out: Path,
+    calib: Path | None,
+    prune_layer: int | None,
+    keep: float | None,
+    max_quality_drop: float,
+    max_prompt: int | None,
+    calib_items: int | None,
+    dtype: str,
+    score: str,
+    seed: int,
+    sink: int,
+    window: int,
+    revision: str | None,
+    force: bool,
+    json: bool,
+) -> None:
+    """``fstq export``."""
+    recipe = Recipe(prune_layer, keep, max_quality_drop, score, sink, window, seed)
+    request = Request(model, out, recipe, calib, calib_items, max_prompt, dtype, force, revision)
+    with bars() as progress:
+        done = run_export(request, progress)
+    show(done, json)
+
+
+def show(done: Done, json: bool) -> None:
+    """Summary of a finished export."""
+    if json:
+        out.print_json(
+            data={
+                "bundle": str(done.path),
+                "seconds": done.seconds,
+                "peak_rss_bytes": done.peak_rss,
+                "report": done.report,
+            }
+        )
+        return
+    out.print(verdict(done.report))
+    checked = done.report["verification"]
+    pruned = checked["pruned"]
+    agrees = f"; pruned within {pruned['logits']:.1e}" if pruned else ""
+    out.print(
+        f"verified: logits within {checked['dense']['logits']:.1e} of Transformers over prefill and {checked['decode_steps']} decode steps{agrees}"
+    )
+    out.print(
+        f"bundle {done.path}: {done.report['graph']['bytes'] / 2**20:.1f} MiB, {done.seconds:.1f} s, peak memory {done.peak_rss / 2**30:.2f} GiB"
+    )
+    out.print(f"next: fstq run {done.path} 'your prompt'        evidence: {done.path / 'report.html'}")
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """The contract's outcome in one sentence."""
+    calibration = report["calibration"]
+    stages = report["graph"]["stages"]
+    if calibration is None:
+        what = f"prunes before layer {stages[0]['layer']} by window attention" if stages else "is dense"
+        return f"no calibration data: the bundle {what}, and nothing is known of its quality when pruned"
+    chosen, allowed = calibration["chosen"], calibration["max_quality_drop"]
+    if chosen is None:
+        return (
+            f"no setting stays within {allowed:.1%} of the dense model's {calibration['metric']}: the bundle runs dense"
+        )
+    word = "within" if calibration["met"] else "MORE than"
+    return (
+        f"keep {chosen['keep']:.1%} of the prompt from layer {chosen['layer']} on: {calibration['metric']} drops by {chosen['drop']:.1%} "
+        f"on {calibration['held_out']} held-out items, {word} the {allowed:.1%} allowed"
+    )

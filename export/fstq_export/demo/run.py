@@ -1,0 +1,122 @@
+"""``fstq demo``: calibrate, export, build and answer, dense and pruned side by side, on a model that comes with the package."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fstq_export import data
+from fstq_export.calibrate import Recipe
+from fstq_export.command import bars, verdict
+from fstq_export.demo import facts
+from fstq_export.pipeline import Done, Request, export
+from fstq_infer.commands import kept_text
+from fstq_infer.errors import OptionError
+from fstq_infer.runtime.generate import Generator
+from fstq_infer.runtime.result import Result
+
+MODEL = Path(__file__).parent / "model"
+ITEMS, FACTS, FILLERS = 700, (8, 20), (2, 10)
+KEEPS = (1.0, 0.5, 0.25)
+
+out = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What one keep ratio gave: share of exact answers, median seconds, mean share of prompt tokens kept."""
+
+    keep: float
+    exact: float
+    prefill_s: float
+    total_s: float
+    kept: float
+
+
+def write_items(path: Path, split: str, count: int, seed: int) -> None:
+    """Generated questions as a calibration file."""
+    rng = random.Random(seed)
+    with path.open("w", encoding="utf-8") as lines:
+        for _ in range(count):
+            item = facts.item(rng, split, rng.randint(*FACTS), rng.randint(*FILLERS))
+            row = {"context": item.context, "question": item.question, "answer": item.answer}
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def demo(*, out: Path, model: str | None, calib: Path | None, questions: int, threads: int | None) -> None:
+    """Run the whole main job; everything lands in ``out``."""
+    if model is not None and calib is None:
+        raise OptionError("--model needs --calib: a file with questions and answers that suit the model")
+    if out.exists() and not (out / "model.bundle").exists() and any(out.iterdir()):
+        raise OptionError(f"{out} exists and is no earlier demo; name another folder with --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    if calib is None:
+        calib, test = out / "calibration.jsonl", out / "test.jsonl"
+        write_items(calib, "valid", ITEMS, seed=1)
+        write_items(test, "test", questions, seed=2)
+        examples = data.read(test)
+    else:
+        examples = data.read(calib)[-questions:]
+    with bars() as progress:
+        done = export(
+            Request(model or str(MODEL), out / "model.bundle", Recipe(max_quality_drop=0.02), calib), progress
+        )
+    generator = Generator.load(done.path, threads=threads)
+    asked = [(e.prompt, e.answer) for e in examples if e.answer is not None]
+    keeps = KEEPS if generator.engine.stages else (1.0,)
+    rows = answer(generator, asked, keeps)
+    show(done, generator, asked, rows)
+
+
+def answer(generator: Generator, asked: Sequence[tuple[str, str]], keeps: Sequence[float]) -> list[Answers]:
+    """All questions at every keep ratio, interleaved, through the engine."""
+    results: dict[float, list[tuple[bool, Result]]] = {keep: [] for keep in keeps}
+    for prompt, wanted in asked:
+        for keep in keeps:
+            result = generator.generate(prompt, keep=keep, max_tokens=24, stop=["."])
+            results[keep].append((result.text.strip() == wanted.strip().rstrip("."), result))
+    return [
+        Answers(
+            keep,
+            statistics.mean(hit for hit, _ in found),
+            statistics.median(r.timings.prefill_s for _, r in found),
+            statistics.median(r.timings.total_s for _, r in found),
+            statistics.mean(len(r.kept) / len(r.prompt_tokens) for _, r in found),
+        )
+        for keep, found in results.items()
+    ]
+
+
+def show(done: Done, generator: Generator, asked: Sequence[tuple[str, str]], rows: Sequence[Answers]) -> None:
+    """One question with its kept tokens, then the table."""
+    prompt, wanted = asked[0]
+    keep = rows[-1].keep
+    result = generator.generate(prompt, keep=keep, max_tokens=24, stop=["."])
+    out.rule(f"one question, keep {keep:.0%}: dropped tokens are struck out")
+    out.print(kept_text(generator, result))
+    out.print(f"[bold]answer[/] {result.text.strip()}    [dim]expected {wanted.strip()}[/]")
+    table = Table(title=f"{len(asked)} unseen questions through the engine")
+    for name in ("keep", "prompt kept", "exact answers", "prefill ms", "total ms", "prefill speed-up"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        name = "dense" if row.keep == 1 else f"{row.keep:.0%}"
+        table.add_row(
+            name,
+            f"{row.kept:.0%}",
+            f"{row.exact:.0%}",
+            f"{row.prefill_s * 1e3:.1f}",
+            f"{row.total_s * 1e3:.1f}",
+            f"{rows[0].prefill_s / row.prefill_s:.2f}x",
+        )
+    out.print(table)
+    out.print(verdict(done.report))
+    out.print(f"evidence: {done.path / 'report.html'}")

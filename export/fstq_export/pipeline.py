@@ -1,0 +1,315 @@
+"""``fstq export``: checkpoint -> calibrated, token-pruned, verified bundle. Each step is a few lines; the work is elsewhere."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fstq_export import data, decoder, report, source, verify
+from fstq_export.calibrate import Calibration, Calibrator, Recipe
+from fstq_export.continuation import with_continuations
+from fstq_export.passes.pruning import PruneStage
+from fstq_export.reference import parameter_count, reference
+from fstq_export.source import Source
+from fstq_infer.bundle import BundleWriter, Contract, Manifest, ModelInfo, Provenance, Pruning
+from fstq_infer.errors import ExportError, OptionError
+from fstq_infer.fisher.items import Item
+from fstq_infer.fisher.probe import Probe
+from fstq_infer.fisher.select import keep_count, select
+from fstq_infer.runtime.engine import Stage
+
+CONTINUATION = 16
+LIBRARIES = (
+    "mobius-onnx",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "fstq-infer",
+)
+SMALL_MODEL, ITEMS_SMALL, ITEMS_LARGE = 50_000_000, 1800, 256
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to export. calib: calibration file or None. max_prompt: longest calibration prompt in tokens. calib_items: at most so many."""
+
+    model: str
+    out: Path
+    recipe: Recipe = field(default_factory=Recipe)
+    calib: Path | None = None
+    calib_items: int | None = None
+    max_prompt: int | None = None
+    dtype: str = "float32"
+    overwrite: bool = False
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in decoder.DTYPES:
+            raise OptionError(f"dtype is '{self.dtype}'; expected one of {', '.join(decoder.DTYPES)}")
+        if self.max_prompt is not None and self.max_prompt < 1:
+            raise OptionError(f"max-prompt is {self.max_prompt}; expected a number of tokens above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished export. seconds, peak_rss in bytes; report is the content of report.json."""
+
+    path: Path
+    report: dict[str, Any]
+    seconds: float
+    peak_rss: int
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Export:
+    """One run of the pipeline."""
+
+    def __init__(self, request: Request, progress: Progress) -> None:
+        self.request, self.progress = request, progress
+        self.steps: dict[str, float] = {}
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        self.progress(name, 0, 1)
+        yield
+        self.progress(name, 1, 1)
+        self.steps[name] = round(time.monotonic() - started, 2)
+
+    def run(self) -> Done:
+        """Export; the bundle appears whole at ``request.out`` or not at all."""
+        began = time.monotonic()
+        request, recipe = self.request, self.request.recipe
+        np.random.seed(recipe.seed)
+        torch.manual_seed(recipe.seed)
+        with BundleWriter(request.out, overwrite=request.overwrite) as writer:
+            with self._step("read model"):
+                model = source.resolve(request.model, request.revision)
+                tokens = source.tokenizer(model)
+            examples = data.read(request.calib) if request.calib else []
+            calibration, held, left_out = (None, [], 0)
+            if examples:
+                with self._step("calibrate"):
+                    calibration, held, left_out = self._calibrate(model, tokens, examples)
+            stages = self._stages(model, calibration)
+            with self._step("build graph"):
+                graph = decoder.build_graph(model, request.dtype, stages)
+                nodes = len(graph.graph)
+            with self._step("write weights"):
+                decoder.save(graph, writer.path)
+            del graph
+            with self._step("verify"):
+                checked = self._verify(model, writer.path, stages, held, tokens)
+            with self._step("write bundle"):
+                self._texts(tokens, writer.path)
+                content = self._report(model, tokens, calibration, left_out, checked, stages, nodes, writer.path, began)
+                report.write_report(writer.path, content)
+                bundle = writer.commit(self._manifest(model, calibration, stages))
+        return Done(bundle.path, content, time.monotonic() - began, peak_rss())
+
+    def _calibrate(
+        self, model: Source, tokens: Any, examples: Sequence[data.Example]
+    ) -> tuple[Calibration | None, list[Item], int]:
+        """(calibration, held-out items, number of items left out because of their length)."""
+        request = self.request
+        limit = int(model.config.max_position_embeddings)
+        longest = min(request.max_prompt or limit, limit)
+        with reference(model, stream=False) as frozen:
+            most = request.calib_items or (ITEMS_SMALL if parameter_count(model.config) < SMALL_MODEL else ITEMS_LARGE)
+            if len(examples) > most:
+                order = np.random.default_rng(request.recipe.seed).permutation(len(examples))[:most]
+                examples = [examples[i] for i in sorted(order)]
+            items = [data.encode(tokens, example) for example in examples]
+            fitting = [
+                i
+                for i in items
+                if i.prompt and len(i.prompt) <= longest and len(i) + (0 if i.answer else CONTINUATION) <= limit
+            ]
+            if any(not item.answer for item in fitting):
+                total = len(fitting)
+                fitting = with_continuations(
+                    frozen, fitting, CONTINUATION, limit, lambda n: self.progress("continue plain texts", n, total)
+                )
+            calibrator = Calibrator(frozen, fitting, request.recipe, self.progress)
+            return calibrator.run(), calibrator.held, len(items) - len(fitting)
+
+    def _stages(self, model: Source, calibration: Calibration | None) -> list[PruneStage]:
+        """The pruning stages to build: none when the contract failed and the user named no layer (the bundle is dense then)."""
+        recipe = self.request.recipe
+        if calibration is not None:
+            if not calibration.met and recipe.prune_layer is None and recipe.keep is None:
+                return []
+            return [PruneStage(Stage(calibration.layer, recipe.sink, recipe.window), calibration.probe.arrays())]
+        if recipe.prune_layer is None:
+            if recipe.keep is not None and recipe.keep < 1:
+                raise OptionError(
+                    "keep is set but there is neither calibration data nor a prune layer; add --calib FILE or --prune-layer N"
+                )
+            return []
+        if not 0 < recipe.prune_layer < model.layers:
+            raise OptionError(
+                f"prune-layer is {recipe.prune_layer}; this model has {model.layers} decoder layers, expected 1 to {model.layers - 1}"
+            )
+        config = model.config
+        torch.manual_seed(recipe.seed)
+        probe = Probe.untrained(config.hidden_size, config.num_attention_heads, recipe.window)
+        return [PruneStage(Stage(recipe.prune_layer, recipe.sink, recipe.window), probe.arrays())]
+
+    def _verify(
+        self, model: Source, folder: Path, stages: Sequence[PruneStage], held: Sequence[Item], tokens: Any
+    ) -> verify.Verification:
+        config = model.config
+        probes = [Probe.from_arrays(s.probe, s.stage.window) for s in stages]
+        with reference(model) as frozen:
+            return verify.verify(
+                folder,
+                decoder.GRAPH,
+                frozen,
+                [s.stage for s in stages],
+                probes,
+                config.vocab_size,
+                config.max_position_embeddings,
+                self.request.dtype,
+                self.request.recipe.seed,
+                model.architecture,
+                [item.prompt for item in held[:2]],
+            )
+
+    def _texts(self, tokens: Any, folder: Path) -> None:
+        """tokenizer.json and the chat template."""
+        (folder / "tokenizer.json").write_text(tokens.backend_tokenizer.to_str(), encoding="utf-8")
+        template = tokens.chat_template
+        if isinstance(template, str) and template:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+    def _report(
+        self,
+        model: Source,
+        tokens: Any,
+        calibration: Calibration | None,
+        left_out: int,
+        checked: verify.Verification,
+        stages: Sequence[PruneStage],
+        nodes: int,
+        folder: Path,
+        began: float,
+    ) -> dict[str, Any]:
+        measured = None
+        if calibration is not None:
+            measured = calibration.report | {"left_out": left_out, "example": self._example(tokens, calibration)}
+        size = sum(path.stat().st_size for path in folder.iterdir() if path.name in (decoder.GRAPH, decoder.WEIGHTS))
+        return {
+            "format": "fstq-report",
+            "version": 1,
+            "model": {
+                "source": model.name,
+                "architecture": model.architecture,
+                "layers": model.layers,
+                "parameters": parameter_count(model.config),
+                "dtype": self.request.dtype,
+            },
+            "calibration": measured,
+            "verification": checked.to_json(),
+            "graph": {
+                "stages": [{"layer": s.stage.layer, "sink": s.stage.sink, "window": s.stage.window} for s in stages],
+                "bytes": size,
+                "nodes": nodes,
+            },
+            "resources": {
+                "seconds": round(time.monotonic() - began, 2),
+                "peak_rss_bytes": peak_rss(),
+                "steps": self.steps,
+            },
+        }
+
+    def _example(self, tokens: Any, calibration: Calibration) -> dict[str, Any] | None:
+        """A held-out prompt with scores and what stays at 25 %, for the heat map."""
+        if calibration.example is None:
+            return None
+        item, scores = calibration.example
+        recipe, keep = self.request.recipe, 0.25
+        kept = set(
+            select(
+                scores, keep_count(len(scores), keep, recipe.sink, recipe.window), recipe.sink, recipe.window
+            ).tolist()
+        )
+        return {
+            "tokens": [tokens.decode([t]) for t in item.prompt],
+            "scores": [float(s) for s in scores],
+            "kept": [i in kept for i in range(len(scores))],
+            "keep": keep,
+            "question_start": None,
+            "answer": tokens.decode(list(item.answer)),
+        }
+
+    def _manifest(self, model: Source, calibration: Calibration | None, stages: Sequence[PruneStage]) -> Manifest:
+        config, recipe = model.config, self.request.recipe
+        contract, keep = None, recipe.keep or 1.0
+        if calibration is not None:
+            contract = Contract(calibration.met, calibration.metric, recipe.max_quality_drop, calibration.drop)
+            keep = calibration.keep
+        return Manifest(
+            model=ModelInfo(
+                architecture=model.architecture,
+                model_type=config.model_type,
+                layers=model.layers,
+                hidden_size=config.hidden_size,
+                vocab_size=config.vocab_size,
+                max_positions=config.max_position_embeddings,
+                parameters=parameter_count(config),
+                dtype=self.request.dtype,
+            ),
+            stages=tuple(s.stage for s in stages),
+            pruning=Pruning(
+                keep if stages else 1.0, recipe.score if calibration else "window", calibration is not None, contract
+            ),
+            generation=source.generation_defaults(model),
+            provenance=Provenance(
+                source=model.name,
+                source_sha256=model.sha256,
+                libraries={name: _version(name) for name in LIBRARIES},
+                seed=recipe.seed,
+                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                tool=f"fstq-infer {_version('fstq-infer')}",
+            ),
+        )
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def export(request: Request, progress: Progress = lambda _name, _done, _total: None) -> Done:
+    """Export a model; see :class:`Request`. Raises FstqError subclasses; on any error nothing is written."""
+    try:
+        return Export(request, progress).run()
+    except MemoryError as error:
+        raise ExportError(
+            "memory ran out during the export; calibrate with fewer items (--calib-items) or shorter prompts (--max-prompt)"
+        ) from error

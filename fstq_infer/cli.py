@@ -1,0 +1,254 @@
+"""The command line, ``fstq``. Each command checks nothing itself: it hands over to its module, imported when it runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fstq_infer import __version__
+from fstq_infer.errors import FstqError, OptionError
+from fstq_infer.lazy import load
+
+app = typer.Typer(
+    name="fstq",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Export, build and run language models with Fisher-guided token pruning.",
+    epilog="Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted.",
+)
+errors = Console(stderr=True, highlight=False)
+
+Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all that this process may use.")]
+Keep = Annotated[
+    float | None, typer.Option(help="Keep ratio: share of prompt tokens that stay; default: the bundle's.")
+]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the bundle's.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampler.")]
+
+
+def _auto_float(name: str, text: str) -> float | None:
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise OptionError(f"--{name} is '{text}'; expected 'auto' or a number") from None
+
+
+def _auto_int(name: str, text: str) -> int | None:
+    value = _auto_float(name, text)
+    if value is not None and value != int(value):
+        raise OptionError(f"--{name} is '{text}'; expected 'auto' or a whole number")
+    return None if value is None else int(value)
+
+
+@app.callback()
+def _main(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on standard error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    if version:
+        typer.echo(f"fstq-infer {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: fstq export ./my-model --out my.bundle --calib questions.jsonl --max-quality-drop 0.01")
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face model folder, or a hub id; safetensors only.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The bundle to write.", show_default=False)],
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            help="Calibration data: JSON lines with prompt/answer or context/question/answer, or plain text lines. Without it nothing is known of quality and the bundle is dense."
+        ),
+    ] = None,
+    prune_layer: Annotated[
+        str, typer.Option(help="Prune before this decoder layer, or 'auto' (needs --calib).")
+    ] = "auto",
+    keep: Annotated[
+        str, typer.Option(help="Keep ratio, or 'auto': the smallest that meets --max-quality-drop.")
+    ] = "auto",
+    max_quality_drop: Annotated[
+        float, typer.Option(help="Quality that may be lost, as a fraction of the dense model's.")
+    ] = 0.01,
+    max_prompt: Annotated[
+        int | None, typer.Option(help="Leave out calibration prompts longer than this many tokens.")
+    ] = None,
+    calib_items: Annotated[
+        int | None,
+        typer.Option(
+            help="Use at most so many calibration items; default: 1800, or 256 for models over 50 M parameters."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    score: Annotated[str, typer.Option(help="Sensitivity that the probe learns: gate or embedding.")] = "gate",
+    seed: Annotated[int, typer.Option(help="Seed of everything that draws.")] = 0,
+    sink: Annotated[int, typer.Option(help="So many first prompt tokens always stay.")] = 1,
+    window: Annotated[
+        int, typer.Option(help="So many last prompt tokens always stay; the probe reads them as the query.")
+    ] = 16,
+    revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    json: Json = False,
+) -> None:
+    """Turn a checkpoint into a calibrated, token-pruning, verified bundle."""
+    load("fstq_export.command:export", "fstq export", "export")(
+        model=model,
+        out=out,
+        calib=calib,
+        prune_layer=_auto_int("prune-layer", prune_layer),
+        keep=_auto_float("keep", keep),
+        max_quality_drop=max_quality_drop,
+        max_prompt=max_prompt,
+        calib_items=calib_items,
+        dtype=dtype,
+        score=score,
+        seed=seed,
+        sink=sink,
+        window=window,
+        revision=revision,
+        force=force,
+        json=json,
+    )
+
+
+@app.command(epilog="Example: fstq build my.bundle")
+def build(
+    bundle: Bundle,
+    backend: Annotated[str, typer.Option(help="The backend to build for.")] = "ort",
+    force: Annotated[bool, typer.Option("--force", help="Build again even when an engine is there.")] = False,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Build the engine of a bundle for this device and check it against the bundle."""
+    load("fstq_infer.commands:build", "fstq build", "ort")(
+        bundle, backend=backend, force=force, threads=threads, json=json
+    )
+
+
+@app.command(epilog="Example: fstq run my.bundle 'Where does Mora live? ...' --keep 0.5 --show-kept")
+def run(
+    bundle: Bundle,
+    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads standard input.", show_default=False)],
+    keep: Keep = None,
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens; 0: all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest tokens of this total probability.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    show_kept: Annotated[bool, typer.Option("--show-kept", help="Show the prompt, dropped tokens struck out.")] = False,
+    chat_template: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Continue a prompt."""
+    load("fstq_infer.commands:run", "fstq run", "ort")(
+        bundle,
+        prompt,
+        show_kept=show_kept,
+        chat=chat_template,
+        threads=threads,
+        json=json,
+        options={
+            "keep": keep,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "stop": tuple(stop or ()),
+        },
+    )
+
+
+@app.command(epilog="Example: fstq chat my.bundle --system 'Answer in one sentence.'")
+def chat(
+    bundle: Bundle,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    keep: Keep = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = None,
+    seed: Seed = None,
+    threads: Threads = None,
+) -> None:
+    """Talk to a bundle; the cache is kept between turns. An empty line or Ctrl-D ends."""
+    load("fstq_infer.commands:chat", "fstq chat", "ort")(
+        bundle,
+        system=system,
+        threads=threads,
+        options={"keep": keep, "max_tokens": max_tokens, "temperature": temperature, "seed": seed},
+    )
+
+
+@app.command(
+    epilog="Example: fstq bench my.bundle --prompt-tokens 1024 --new-tokens 64 --keep 1.0,0.5,0.25 --json bench.json"
+)
+def bench(
+    bundle: Bundle,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt (random tokens).")] = 1024,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    keep: Annotated[str, typer.Option(help="Keep ratios to compare, with commas; 1.0 is dense.")] = "1.0,0.5,0.25",
+    repeats: Annotated[int, typer.Option(help="Measured rounds; each runs every ratio in turn.")] = 5,
+    threads: Threads = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+) -> None:
+    """Measure dense against pruned, interleaved; medians."""
+    ratios = [_auto_float("keep", part) for part in keep.split(",")]
+    load("fstq_infer.commands:bench", "fstq bench", "ort")(
+        bundle,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        keeps=ratios,
+        repeats=repeats,
+        threads=threads,
+        json_file=json,
+    )
+
+
+@app.command(epilog="Example: fstq demo --out demo-out")
+def demo(
+    out: Annotated[Path, typer.Option(help="Where bundle and report go.")] = Path("demo-out"),
+    model: Annotated[str | None, typer.Option(help="Another model: a folder or hub id; needs --calib.")] = None,
+    calib: Annotated[Path | None, typer.Option(help="Calibration data for --model.")] = None,
+    questions: Annotated[int, typer.Option(help="Test questions to answer, dense and pruned.")] = 60,
+    threads: Threads = None,
+) -> None:
+    """The main job on a small model of ours: calibrate, export, build, and answer dense and pruned side by side."""
+    load("fstq_export.demo.run:demo", "fstq demo", "export")(
+        out=out, model=model, calib=calib, questions=questions, threads=threads
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: turns errors into one line and an exit code."""
+    try:
+        app(arguments, standalone_mode=True)
+    except FstqError as error:
+        errors.print(f"[bold red]error[/]: {_escaped(error)}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(130)
+
+
+def _escaped(error: Any) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))

@@ -1,0 +1,178 @@
+"""What the runtime's commands do: build, run, chat, bench. Prints for people, or JSON for programs."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fstq_infer.bundle import Bundle
+from fstq_infer.errors import OptionError
+from fstq_infer.runtime.bench import Row, measure
+from fstq_infer.runtime.generate import Generator
+from fstq_infer.runtime.load import build_engine
+from fstq_infer.runtime.result import Result
+
+out = Console(highlight=False, soft_wrap=True)
+notes = Console(stderr=True, highlight=False)
+
+
+def build(path: Path, *, backend: str, force: bool, threads: int | None, json: bool) -> None:
+    """``fstq build``."""
+    bundle = Bundle.open(path)
+    with notes.status("building and checking the engine"):
+        engine = build_engine(bundle, backend=backend, force=force, threads=threads)
+    sidecar = jsonlib.loads((engine / "engine.json").read_text(encoding="utf-8"))
+    if json:
+        out.print_json(data={"engine": str(engine), **sidecar})
+        return
+    out.print(f"engine: {engine}")
+    out.print(
+        f"built in {sidecar.get('build_seconds', 0):.1f} s with {sidecar.get('backend')} {sidecar.get('version')}; agrees with its bundle"
+    )
+
+
+def run(
+    path: Path, prompt: str, *, show_kept: bool, chat: bool, threads: int | None, json: bool, options: Mapping[str, Any]
+) -> None:
+    """``fstq run``."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    generator = Generator.load(path, threads=threads)
+    given = {name: value for name, value in options.items() if value is not None}
+    if json:
+        result = (
+            generator.chat([{"role": "user", "content": text}], **given) if chat else generator.generate(text, **given)
+        )
+        out.print_json(data=as_json(result))
+        return
+    stream = (
+        generator.chat([{"role": "user", "content": text}], stream=True, **given)
+        if chat
+        else generator.generate(text, stream=True, **given)
+    )
+    for piece in stream:
+        out.out(piece, end="")
+    out.print()
+    result = stream.result
+    if show_kept:
+        out.print()
+        out.print(kept_text(generator, result))
+    t = result.timings
+    notes.print(
+        f"{len(result.kept)} of {len(result.prompt_tokens)} prompt tokens kept, first token after {t.time_to_first_token_s:.3f} s, "
+        f"{t.tokens_per_s:.1f} tokens/s, ended by {result.finish}",
+        style="dim",
+    )
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """A result for programs."""
+    return {
+        "text": result.text,
+        "tokens": list(result.tokens),
+        "prompt_tokens": list(result.prompt_tokens),
+        "kept": list(result.kept),
+        "finish": result.finish,
+        "timings": asdict(result.timings),
+    }
+
+
+def kept_text(generator: Generator, result: Result) -> Text:
+    """The prompt with kept tokens in green and dropped ones dim and struck out."""
+    kept = set(result.kept)
+    text = Text()
+    before = ""
+    for index in range(len(result.prompt_tokens)):
+        # Decoding a growing prefix keeps spaces and multi-token characters right.
+        now = generator.tokenizer.decode(result.prompt_tokens[max(0, index - 8) : index + 1])
+        base = generator.tokenizer.decode(result.prompt_tokens[max(0, index - 8) : index])
+        piece = now[len(base) :] if now.startswith(base) else now
+        before += piece
+        text.append(piece, style="green" if index in kept else "strike dim")
+    return text
+
+
+def chat(path: Path, *, system: str | None, threads: int | None, options: Mapping[str, Any]) -> None:
+    """``fstq chat``."""
+    generator = Generator.load(path, threads=threads)
+    session = generator.session(system=system) if system else generator.session()
+    given = {name: value for name, value in options.items() if value is not None}
+    while True:
+        try:
+            line = out.input("[bold]you[/] ")
+        except EOFError:
+            break
+        if not line.strip():
+            break
+        stream = session.send(line, stream=True, **given)
+        try:
+            for piece in stream:
+                out.out(piece, end="")
+            out.print()
+        except KeyboardInterrupt:
+            stream.close()
+            out.print("\n[dim](stopped; this turn is forgotten)[/]")
+
+
+def bench(
+    path: Path,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    keeps: Sequence[float | None],
+    repeats: int,
+    threads: int | None,
+    json_file: Path | None,
+) -> None:
+    """``fstq bench``."""
+    ratios = [keep for keep in keeps if keep is not None]
+    if len(ratios) != len(keeps):
+        raise OptionError("--keep takes numbers here, such as 1.0,0.5,0.25")
+    generator = Generator.load(path, threads=threads)
+    with notes.status("measuring"):
+        report = measure(generator, prompt_tokens, new_tokens, ratios, repeats)
+    out.print(bench_table(report.rows))
+    if json_file is not None:
+        partial = json_file.with_name(f".{json_file.name}.partial")
+        partial.write_text(jsonlib.dumps(report.to_json(), indent=1), encoding="utf-8")
+        partial.replace(json_file)
+
+
+def bench_table(rows: Sequence[Row]) -> Table:
+    """Dense and pruned side by side; the ratio is of the first row's end-to-end time."""
+    table = Table(title="medians of interleaved rounds")
+    for name in (
+        "keep",
+        "kept",
+        "TTFT s",
+        "prefill tok/s",
+        "decode tok/s",
+        "end to end s",
+        "speed-up",
+        "prefill x",
+        "KV MiB",
+        "peak RSS MiB",
+    ):
+        table.add_column(name, justify="right")
+    first = rows[0]
+    for row in rows:
+        table.add_row(
+            f"{row.keep:g}",
+            str(row.kept),
+            f"{row.ttft_s:.3f}",
+            f"{row.prefill_tokens_per_s:.0f}",
+            f"{row.decode_tokens_per_s:.1f}",
+            f"{row.total_s:.3f}",
+            f"{first.total_s / row.total_s:.2f}x",
+            f"{first.prefill_s / row.prefill_s:.2f}x",
+            f"{row.kv_bytes / 2**20:.1f}",
+            f"{row.peak_rss / 2**20:.0f}",
+        )
+    return table

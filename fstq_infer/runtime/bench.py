@@ -1,0 +1,140 @@
+"""Measuring one engine, dense against pruned: interleaved rounds, medians, memory. Knows the engine protocol only."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fstq_infer.errors import OptionError
+from fstq_infer.runtime.generate import Generator
+from fstq_infer.runtime.options import keep_counts, keep_ratios
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Medians at one keep ratio. Times in seconds; decode_step_s is per token; kv_bytes and peak_rss in bytes."""
+
+    keep: float
+    kept: int
+    ttft_s: float
+    prefill_s: float
+    decode_step_s: float
+    total_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    kv_bytes: int
+    peak_rss: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """All rows of one run, with what it was run on."""
+
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    machine: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For a file."""
+        return asdict(self)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, number of threads this process may use, operating system, Python."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return {
+        "cpu": name,
+        "threads": usable_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def usable_threads() -> int:
+    """CPUs that this process may run on."""
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure(
+    generator: Generator, prompt_tokens: int, new_tokens: int, keeps: Sequence[float], repeats: int, seed: int = 0
+) -> BenchReport:
+    """One warm-up and ``repeats`` measured rounds, each running every keep ratio once on the same random prompt.
+
+    Raises OptionError for lengths that do not fit the engine's context.
+    """
+    engine = generator.engine
+    if prompt_tokens < 1 or new_tokens < 1 or repeats < 1 or not keeps:
+        raise OptionError("prompt-tokens, new-tokens, repeats and the number of keep ratios must be at least 1")
+    if prompt_tokens + new_tokens > engine.max_positions:
+        raise OptionError(
+            f"{prompt_tokens} + {new_tokens} tokens do not fit the context of {engine.max_positions}; use fewer"
+        )
+    ids = np.random.default_rng(seed).integers(0, engine.vocab_size, (1, prompt_tokens))
+    samples: dict[float, list[tuple[float, float, float]]] = {keep: [] for keep in keeps}
+    facts: dict[float, tuple[int, int]] = {}
+    for round_ in range(repeats + 1):
+        for keep in keeps:
+            times, kept, held = _once(generator, ids, new_tokens, keep)
+            facts[keep] = (kept, held)
+            if round_:
+                samples[keep].append(times)
+    rows = []
+    for keep in keeps:
+        prefill, decode, total = (statistics.median(column) for column in zip(*samples[keep], strict=True))
+        kept, held = facts[keep]
+        step = decode / max(1, new_tokens - 1)
+        rows.append(
+            Row(
+                keep,
+                kept,
+                prefill,
+                prefill,
+                step,
+                total,
+                prompt_tokens / prefill,
+                1 / step if step else 0.0,
+                held,
+                _peak_rss(),
+            )
+        )
+    return BenchReport(prompt_tokens, new_tokens, repeats, machine(), tuple(rows))
+
+
+def _once(generator: Generator, ids: Any, new_tokens: int, keep: float) -> tuple[tuple[float, float, float], int, int]:
+    """((prefill, decode, total) seconds, tokens kept, KV bytes) of one greedy generation that ignores end tokens."""
+    engine, prompt = generator.engine, ids.shape[1]
+    ratios = keep_ratios(keep, engine.stages)
+    counts = np.array([keep_counts(prompt, ratios, engine.stages)], np.int64).reshape(1, len(engine.stages))
+    cache = engine.empty_cache(1)
+    began = time.perf_counter()
+    step = engine.forward(ids, np.arange(prompt)[None], counts, cache)
+    token = int(step.logits[0].argmax())
+    first = time.perf_counter()
+    kept = int((step.kept[-1] >= 0).sum()) if step.kept else prompt
+    one = np.ones((1, len(engine.stages)), np.int64)
+    for position in range(prompt, prompt + new_tokens - 1):
+        step = engine.forward(np.array([[token]]), np.array([[position]]), one, step.cache)
+        token = int(step.logits[0].argmax())
+    ended = time.perf_counter()
+    return (first - began, ended - first, ended - began), kept, step.cache.bytes
+
+
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,429 @@
+"""fstq_export.report: what the page says, that hostile text stays text, and that the page loads nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fstq_export import report as module
+from fstq_export.report import difference_plot, heat_map, quality_plot, render, sensitivity_plot, verdict, write_report
+from fstq_infer.errors import ExportError, MissingExtraError
+
+matplotlib = pytest.importorskip("matplotlib")
+
+Report = dict[str, Any]
+DENSE = 0.92
+VOID = {"meta", "br"}
+TAGS = set(
+    "html head meta title style body header h1 h2 p div dl dt dd small figure figcaption table thead tbody tr th td i b s "
+    "span br details summary svg g defs path use clippath rect text".split()
+)
+HOSTILE = (
+    "<script>alert(1)</script>", '" onmouseover="alert(1)', "' onclick='x", "</span></div></body>", "<!--", "]]>", "&lt;",
+    "{{ 7 * 7 }}", "{% raw %}", "$x^2$", "\x00\x1b[31m", "\ud800", "\u202eetirw", "\u2066", "javascript:alert(1)", "",
+)  # fmt: skip
+
+
+def point(keep: float, exact: float) -> dict[str, float]:
+    return {"keep": keep, "exact": exact, "nll": 1 - exact, "drop": (DENSE - exact) / DENSE}
+
+
+def full() -> Report:
+    """A report in which everything was measured and a setting was chosen."""
+    tokens = ["It", " was", "\n", " Joe", " has", " a", " car", "."]
+    return {
+        "format": "fstq-report",
+        "version": 1,
+        "model": {
+            "source": "stories260k",
+            "architecture": "LlamaForCausalLM",
+            "layers": 5,
+            "parameters": 262144,
+            "dtype": "float32",
+        },
+        "calibration": {
+            "items": 1500,
+            "held_out": 300,
+            "left_out": 12,
+            "prompt_tokens": {"median": 247, "max": 301},
+            "score": "gate",
+            "metric": "exact match",
+            "dense": {"exact": DENSE, "nll": 0.08},
+            "max_quality_drop": 0.01,
+            "candidates": [
+                {"layer": layer, **point(keep, exact), "relative_cost": layer / 5 + keep * (1 - layer / 5)}
+                for layer in (1, 2)
+                for keep, exact in ((0.75, 0.9), (0.5, 0.88 if layer == 1 else 0.9163), (0.25, 0.7))
+            ],
+            "chosen": {"layer": 2, **point(0.5, 0.9163), "interval": [-0.006, 0.014]},
+            "met": True,
+            "curves": {
+                "probe": [point(0.5, 0.9163), point(0.25, 0.7)],
+                "random": [point(0.5, 0.16), point(0.25, 0.04)],
+                "gate": [point(0.5, 0.77)],
+            },
+            "sensitivity_by_layer": [0.1, 0.2, 0.4, 0.2, 0.1],
+            "example": {
+                "tokens": tokens,
+                "scores": [0.1, 0.0, 0.3, 0.9, 0.2, 0.4, 0.8, 0.05],
+                "kept": [True, False, False, True, False, True, True, True],
+                "keep": 0.5,
+                "question_start": 3,
+                "answer": " round car.",
+            },
+            "seconds": {"observe": 15.2, "tune": 61.7},
+        },
+        "verification": {
+            "tolerance": 1e-3,
+            "dense": {"logits": 2.1e-5, "by_layer": [0.0, 9e-7, 2.2e-6, 4e-6, 2.1e-5]},
+            "pruned": {"logits": 3.4e-5, "kept_equal": True},
+            "prompts": 2,
+            "decode_steps": 16,
+        },
+        "graph": {"stages": [{"layer": 2, "sink": 1, "window": 16}], "bytes": 1_534_000, "nodes": 812},
+        "resources": {"seconds": 171.4, "peak_rss_bytes": 1_310_000_000, "steps": {"calibrate": 150.0, "verify": 8.4}},
+    }
+
+
+def uncalibrated() -> Report:
+    report = full()
+    report["calibration"], report["graph"]["stages"], report["verification"]["pruned"] = None, [], None
+    return report
+
+
+def unmet() -> Report:
+    report = full()
+    report["calibration"] |= {"chosen": None, "met": False, "example": None}
+    report["calibration"]["candidates"] = [{"layer": 2, **point(0.75, 0.8832), "relative_cost": 0.85}]
+    report["graph"]["stages"], report["verification"]["pruned"] = [], None
+    return report
+
+
+def by_nll() -> Report:
+    report = full()
+    report["calibration"]["metric"] = "nll"
+    return report
+
+
+def hostile() -> Report:
+    """Every string that comes from outside is an attack."""
+    report = full()
+    count = len(HOSTILE)
+    report["model"] |= {"source": HOSTILE[0], "architecture": HOSTILE[1], "dtype": HOSTILE[3]}
+    report["calibration"]["example"] = {
+        "tokens": list(HOSTILE),
+        "scores": [float(i) for i in range(count)],
+        "kept": [i % 2 == 0 for i in range(count)],
+        "keep": 0.5,
+        "question_start": None,
+        "answer": "<img src=x onerror=alert(1)>",
+    }
+    report["calibration"]["curves"] = {name: [point(0.5, 0.5)] for name in HOSTILE}
+    report["calibration"]["seconds"] = {name: 1.0 for name in HOSTILE}
+    report["resources"]["steps"] = {name: 1.0 for name in HOSTILE}
+    return report
+
+
+REPORTS = {"full": full, "uncalibrated": uncalibrated, "unmet": unmet, "nll": by_nll, "hostile": hostile}
+
+
+class Page(HTMLParser):
+    """What a browser makes of the page: tags, attributes, text; elements must be closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tokens: list[tuple[str, str]] = []
+        self.text, self._open = "", [""]
+        self.feed(html)
+        self.close()
+        assert self._open == [""]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if dict(attrs).get("title", "") and tag in ("span", "s"):
+            self.tokens.append((tag, ""))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1] == "style":
+            return
+        self.text += data
+        if self._open[-1] in ("span", "s") and self.tokens and "prompt" in self._classes():
+            self.tokens[-1] = (self.tokens[-1][0], self.tokens[-1][1] + data)
+
+    def _classes(self) -> str:
+        return "prompt" if "div" in self._open else ""
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    return {name: render(make()) for name, make in REPORTS.items()}
+
+
+def plain(text: str) -> str:
+    return " ".join(text.replace("\u00a0", " ").replace("−", "-").split())
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_writes_both_files(name: str, tmp_path: Path) -> None:
+    report = REPORTS[name]()
+    before = copy.deepcopy(report)
+    write_report(tmp_path, report)
+    assert report == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    assert json.loads(text) == report
+    assert text.startswith('{\n "format": "fstq-report"')
+    page = (tmp_path / "report.html").read_bytes()
+    assert page.startswith(b"<!doctype html>") and page.endswith(b"</html>\n")
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_report(tmp_path, report)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_page_is_sound_and_loads_nothing(name: str, pages: dict[str, str]) -> None:
+    page = Page(pages[name])
+    assert page.tags <= TAGS
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    for _tag, attribute, value in page.attributes:
+        assert not attribute.startswith("on") and attribute not in ("src", "srcset", "action", "formaction")
+        if attribute in ("href", "xlink:href"):
+            assert value.startswith("#")
+        if attribute == "style":
+            assert all(target.startswith("#") for target in re.findall(r"url\(\s*(.)", value))
+    style = re.findall(r"<style>(.*?)</style>", pages[name], re.S)[0]
+    assert "url(" not in style and "@import" not in style
+    ids = Counter(value for _, attribute, value in page.attributes if attribute == "id")
+    assert all(times == 1 for times in ids.values())
+    used = {value[1:] for _, attribute, value in page.attributes if attribute in ("href", "xlink:href")}
+    assert used <= set(ids)
+    assert not any(unicodedata.category(c) in ("Cc", "Cs") and c != "\n" for c in pages[name])
+
+
+def test_full_page_says_what_was_measured(pages: dict[str, str]) -> None:
+    text = plain(Page(pages["full"]).text)
+    assert verdict(full()) in text
+    assert "300 items cannot rule out a cost of up to 1.4 %" in text
+    headings = re.findall("<h2>(.*?)</h2>", pages["full"])
+    assert headings == [
+        "Quality against tokens kept", "Where the prompt matters", "One prompt, token by token", "Settings tried",
+        "Does the graph compute the model?", "What the export took", "Provenance",
+    ]  # fmt: skip
+    assert pages["full"].count("<svg ") == 3
+    for part in (
+        "12 left out",
+        "1.22 GiB",
+        "2 min 30 s",
+        "2.1e-05",
+        "tokens leave before layer 2",
+        "5 of its 8 tokens",
+    ):
+        assert part in text
+    assert '<tr class="chosen"><td class="n">2</td>' in pages["full"]
+    assert "prefers-color-scheme:dark" in pages["full"]
+
+
+def test_page_without_calibration(pages: dict[str, str]) -> None:
+    assert "Exported without calibration data: nothing is known about quality" in pages["uncalibrated"]
+    assert pages["uncalibrated"].count("<svg ") == 1
+    assert "Settings tried" not in pages["uncalibrated"]
+
+
+def test_page_of_an_unmet_contract(pages: dict[str, str]) -> None:
+    assert 'class="verdict unmet"' in pages["unmet"]
+    assert "this bundle is dense" in pages["unmet"]
+    assert "Settings tried" in pages["unmet"] and '<tr class="chosen">' not in pages["unmet"]
+
+
+def test_hostile_tokens_stay_text(pages: dict[str, str]) -> None:
+    page = Page(pages["hostile"])
+    assert [text for _, text in page.tokens] == [module.visible(token) or "·" for token in HOSTILE]
+    assert [tag for tag, _ in page.tokens] == ["span" if i % 2 == 0 else "s" for i in range(len(HOSTILE))]
+    assert "<img src=x onerror=alert(1)>" in page.text
+    assert "⟨U+0000⟩⟨U+001B⟩[31m" in page.text and "⟨U+D800⟩" in page.text and "\u202e" not in page.text
+
+
+CASES: list[tuple[dict[str, Any], str]] = [
+    (
+        {},
+        "Keeping 50 % of the prompt from layer 2 on costs 0.4 % of exact match on 300 held-out items "
+        "(95 % interval -0.6 to 1.4 %): within the 1 % you allowed.",
+    ),
+    ({"chosen": {"drop": -0.002}}, "Keeping 50 % of the prompt from layer 2 on costs no exact match on 300"),
+    (
+        {"chosen": {"drop": 0.12}, "met": False},
+        "costs 12 % of exact match on 300 held-out items (95 % interval -0.6 to",
+    ),
+    ({"met": False}, ": the 1 % you allowed is not met."),
+    (
+        {"metric": "nll"},
+        "Keeping 50 % of the prompt from layer 2 on raises the negative log-likelihood by 0.4 % on 300",
+    ),
+    ({"metric": "nll", "chosen": {"drop": 0.0}}, "on does not raise the negative log-likelihood on 300 held-out items"),
+    (
+        {"chosen": None, "met": False},
+        "No setting met the 1 % you allowed (the closest, keeping 75 % of the prompt from layer 1 on, costs 2.17 % of "
+        "exact match on 300 held-out items): by default this bundle keeps every token.",
+    ),
+    ({"chosen": None, "met": False, "candidates": []}, "No setting met the 1 % you allowed: by default"),
+    ({"chosen": None, "met": True}, "Pruning was not asked for: by default this bundle keeps every token."),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), CASES)
+def test_verdict(change: dict[str, Any], expected: str) -> None:
+    report = full()
+    calibration = report["calibration"]
+    calibration["chosen"]["drop"] = 0.004
+    for key, value in change.items():
+        calibration[key] = calibration[key] | value if isinstance(value, dict) else value
+    assert expected in verdict(report)
+    assert expected in plain(Page(render(report)).text)
+
+
+def test_verdict_without_calibration() -> None:
+    report = uncalibrated()
+    assert verdict(report).endswith("nothing is known about quality; this bundle is dense.")
+    report["graph"]["stages"] = full()["graph"]["stages"]
+    assert verdict(report).endswith("what dropping tokens costs was not measured.")
+
+
+def test_plots_are_xml_with_page_colours() -> None:
+    report = full()
+    plots = [
+        quality_plot(report["calibration"]),
+        sensitivity_plot([0.5, 0.5], [1]),
+        difference_plot([1e-6, 1e-5], 1e-3),
+    ]
+    for svg in plots:
+        root = ElementTree.fromstring(svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and set(root.attrib) == {"viewBox", "role"}
+        assert "var(--probe, #0072b2)" in svg and "matplotlib" not in svg
+    assert "chosen" in plots[0] and "gate" in plots[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"curves": {}},
+        {"curves": {"probe": [point(1.0, DENSE)]}},
+        {"curves": {"probe": []}, "chosen": None},
+        {"curves": {str(i): [point(0.5, 0.0)] for i in range(12)}},
+        {"dense": {"exact": 0.0, "nll": 0.0}},
+        {"curves": {"$\\frac$": [point(0.5, 0.3)]}},
+        {"metric": "nll", "max_quality_drop": 0.0},
+        {"curves": {"probe": [point(1 / n, 0.5) for n in range(2, 200)]}},
+    ],
+)
+def test_quality_plot_of_odd_measurements(change: dict[str, Any]) -> None:
+    ElementTree.fromstring(quality_plot(full()["calibration"] | change))
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [0.0] * 3, [1e-9] * 200, [1e30, 1e-30]])
+def test_layer_plots_of_odd_measurements(values: list[float]) -> None:
+    ElementTree.fromstring(sensitivity_plot(values, [0, 1, 2]))
+    ElementTree.fromstring(difference_plot(values, 1e-3))
+    ElementTree.fromstring(difference_plot(values, 0.0))
+
+
+def test_plots_ignore_and_keep_the_users_style() -> None:
+    expected = render(full())
+    with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "svg.fonttype": "path", "svg.hashsalt": "other"}):
+        before = dict(matplotlib.rcParams)
+        assert render(full()) == expected
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_heat_map_levels_are_ranks() -> None:
+    example = {"tokens": list("abcdefghij"), "scores": [-5, 1e-9, 1e-8, 2, 3, 4, 5, 6, 7, 1e9], "kept": [True] * 10}
+    assert [row["level"] for row in heat_map(example)["rows"]] == list(range(10))
+    assert {row["level"] for row in heat_map(example | {"scores": [1.0] * 10})["rows"]} == {0}
+    assert heat_map({"tokens": [], "scores": [], "kept": []})["rows"] == []
+    with pytest.raises(ValueError):
+        heat_map(example | {"kept": [True]})
+
+
+def test_long_prompts_are_cut_in_the_middle() -> None:
+    report, count = full(), 100_000
+    report["calibration"]["example"] |= {
+        "tokens": ["x" * 1000, *[" w"] * (count - 1)],
+        "scores": [float(i) for i in range(count)],
+        "kept": [True] * count,
+    }
+    page = render(report)
+    assert len(page) < 1 << 20
+    assert "96,000 tokens not shown" in page and "token 99999," in page and "token 50000," not in page
+    assert "x" * 64 + "…" in page and "x" * 65 not in page
+
+
+@given(st.text(st.characters(exclude_categories=[])))
+def test_visible(text: str) -> None:
+    shown = module.visible(text)
+    shown.encode("utf-8")
+    assert not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in shown)
+    assert not any(unicodedata.category(c) == "Cf" and c not in "\u200c\u200d" for c in shown)
+
+
+@pytest.mark.parametrize(("share", "text"), [
+    (0.5, "50 %"), (0.125, "12.5 %"), (1.0, "100 %"), (0.0625, "6.25 %"), (-0.00001, "0 %"), (0.0004, "0.04 %"),
+    (-0.006, "-0.6 %"), (12.345, "1,234 %"),
+])  # fmt: skip
+def test_percent(share: float, text: str) -> None:
+    assert module._percent(share) == text
+
+
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        ("calibration.chosen.interval.1", lambda r: r["calibration"]["chosen"].update(interval=[0.0, float("nan")])),
+        (
+            "verification.dense.by_layer.2",
+            lambda r: r["verification"]["dense"]["by_layer"].__setitem__(2, float("inf")),
+        ),
+        ("format and version", lambda r: r.update(version=2)),
+        ("format and version", lambda r: r.pop("format")),
+    ],
+)
+def test_refused_reports_write_nothing(place: str, change: Any, tmp_path: Path) -> None:
+    report = full()
+    change(report)
+    with pytest.raises(ExportError, match=re.escape(place)):
+        write_report(tmp_path, report)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"'matplotlib'.*fstq-infer\[export\]"):
+        write_report(tmp_path, full())
+    assert not list(tmp_path.iterdir())
+
+
+def test_import_loads_no_matplotlib() -> None:
+    code = "import sys, fstq_export.report; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
