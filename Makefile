@@ -30,7 +30,7 @@ test-all: lint
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
-	$(BIN)/python bench/export.py
+	$(BIN)/python bench/recall.py
 	$(BIN)/python bench/pruning.py
 
 train-demo: $(STAMP)

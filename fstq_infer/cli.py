@@ -93,7 +93,7 @@ def export(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    score: Annotated[str, typer.Option(help="Sensitivity that the probe learns: gate or embedding.")] = "gate",
+    score: Annotated[str, typer.Option(help="Sensitivity that the probe learns: gate, embedding, or auto: what measures best.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything that draws.")] = 0,
     sink: Annotated[int, typer.Option(help="So many first prompt tokens always stay.")] = 1,
     window: Annotated[

@@ -19,6 +19,7 @@ from fstq_infer.runtime.bench import Row, measure
 from fstq_infer.runtime.generate import Generator
 from fstq_infer.runtime.load import build_engine
 from fstq_infer.runtime.result import Result
+from fstq_infer.runtime.text import TextStream
 
 out = Console(highlight=False, soft_wrap=True)
 notes = Console(stderr=True, highlight=False)
@@ -88,14 +89,9 @@ def kept_text(generator: Generator, result: Result) -> Text:
     """The prompt with kept tokens in green and dropped ones dim and struck out."""
     kept = set(result.kept)
     text = Text()
-    before = ""
-    for index in range(len(result.prompt_tokens)):
-        # Decoding a growing prefix keeps spaces and multi-token characters right.
-        now = generator.tokenizer.decode(result.prompt_tokens[max(0, index - 8) : index + 1])
-        base = generator.tokenizer.decode(result.prompt_tokens[max(0, index - 8) : index])
-        piece = now[len(base) :] if now.startswith(base) else now
-        before += piece
-        text.append(piece, style="green" if index in kept else "strike dim")
+    stream = TextStream(generator.tokenizer)
+    for index, token in enumerate(result.prompt_tokens):
+        text.append(stream.push(token), style="green" if index in kept else "strike dim")
     return text
 
 

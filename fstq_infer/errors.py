@@ -15,7 +15,8 @@ class MissingExtraError(FstqError):
 
     def __init__(self, needed_for: str, module: str, extra: str) -> None:
         super().__init__(
-            f"{needed_for} needs the Python module '{module}', which is not installed. Install it with: pip install 'fstq-infer[{extra}]'"
+            f"{needed_for} needs the Python module '{module}', which is not installed. "
+            f"Install it with: pip install 'fstq-infer[{extra}]'"
         )
 
 

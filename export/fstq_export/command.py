@@ -14,6 +14,7 @@ from rich.progress import Progress as Bars
 from fstq_export.calibrate import Recipe
 from fstq_export.pipeline import Done, Request
 from fstq_export.pipeline import export as run_export
+from fstq_export.report import verdict
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -89,22 +90,3 @@ def show(done: Done, json: bool) -> None:
         f"bundle {done.path}: {done.report['graph']['bytes'] / 2**20:.1f} MiB, {done.seconds:.1f} s, peak memory {done.peak_rss / 2**30:.2f} GiB"
     )
     out.print(f"next: fstq run {done.path} 'your prompt'        evidence: {done.path / 'report.html'}")
-
-
-def verdict(report: dict[str, Any]) -> str:
-    """The contract's outcome in one sentence."""
-    calibration = report["calibration"]
-    stages = report["graph"]["stages"]
-    if calibration is None:
-        what = f"prunes before layer {stages[0]['layer']} by window attention" if stages else "is dense"
-        return f"no calibration data: the bundle {what}, and nothing is known of its quality when pruned"
-    chosen, allowed = calibration["chosen"], calibration["max_quality_drop"]
-    if chosen is None:
-        return (
-            f"no setting stays within {allowed:.1%} of the dense model's {calibration['metric']}: the bundle runs dense"
-        )
-    word = "within" if calibration["met"] else "MORE than"
-    return (
-        f"keep {chosen['keep']:.1%} of the prompt from layer {chosen['layer']} on: {calibration['metric']} drops by {chosen['drop']:.1%} "
-        f"on {calibration['held_out']} held-out items, {word} the {allowed:.1%} allowed"
-    )

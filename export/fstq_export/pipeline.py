@@ -29,6 +29,7 @@ from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.probe import Probe
 from fstq_infer.fisher.select import keep_count, select
 from fstq_infer.runtime.engine import Stage
+from fstq_infer.runtime.text import TextStream, Tokenizer
 
 CONTINUATION = 16
 LIBRARIES = (
@@ -110,7 +111,9 @@ class Export:
                 model = source.resolve(request.model, request.revision)
                 tokens = source.tokenizer(model)
             examples = data.read(request.calib) if request.calib else []
-            calibration, held, left_out = (None, [], 0)
+            calibration: Calibration | None = None
+            held: list[Item] = []
+            left_out = 0
             if examples:
                 with self._step("calibrate"):
                     calibration, held, left_out = self._calibrate(model, tokens, examples)
@@ -245,10 +248,8 @@ class Export:
             },
         }
 
-    def _example(self, tokens: Any, calibration: Calibration) -> dict[str, Any] | None:
+    def _example(self, tokens: Any, calibration: Calibration) -> dict[str, Any]:
         """A held-out prompt with scores and what stays at 25 %, for the heat map."""
-        if calibration.example is None:
-            return None
         item, scores = calibration.example
         recipe, keep = self.request.recipe, 0.25
         kept = set(
@@ -257,7 +258,7 @@ class Export:
             ).tolist()
         )
         return {
-            "tokens": [tokens.decode([t]) for t in item.prompt],
+            "tokens": _pieces(tokens, item.prompt),
             "scores": [float(s) for s in scores],
             "kept": [i in kept for i in range(len(scores))],
             "keep": keep,
@@ -284,7 +285,7 @@ class Export:
             ),
             stages=tuple(s.stage for s in stages),
             pruning=Pruning(
-                keep if stages else 1.0, recipe.score if calibration else "window", calibration is not None, contract
+                keep if stages else 1.0, calibration.score if calibration else "window", calibration is not None, contract
             ),
             generation=source.generation_defaults(model),
             provenance=Provenance(
@@ -296,6 +297,12 @@ class Export:
                 tool=f"fstq-infer {_version('fstq-infer')}",
             ),
         )
+
+
+def _pieces(tokens: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds, spaces kept; empty where a token only begins a character."""
+    stream = TextStream(Tokenizer(tokens.backend_tokenizer))
+    return [stream.push(token) for token in ids]
 
 
 def _version(name: str) -> str:

@@ -87,6 +87,7 @@ def render(report: dict[str, Any]) -> str:
         finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else visible(value),
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {"percent": _percent, "typeset": _typeset, "size": _size, "seconds": _seconds}
     calibration, checked = report["calibration"], report["verification"]
@@ -264,8 +265,9 @@ def sensitivity_plot(shares: Sequence[float], prune_layers: Sequence[int]) -> st
 def difference_plot(by_layer: Sequence[float], tolerance: float) -> str:
     """SVG of the largest difference to the reference after each decoder layer, on a log axis that ends at a floor."""
     figure, axes = _axes(7.2, 2.3)
-    floor = min([value for value in (*by_layer, tolerance) if value > 0], default=1e-7) / 3
+    floor = min([value for value in (*by_layer, tolerance) if value > 0], default=1e-3) / 3
     axes.set_yscale("log")
+    axes.set_ylim(floor / 1.6, max([floor, tolerance, *by_layer]) * 4)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
     axes.minorticks_off()
     axes.axhline(max(tolerance, floor), color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
@@ -287,7 +289,6 @@ def difference_plot(by_layer: Sequence[float], tolerance: float) -> str:
         marker="o",
         markersize=4,
     )
-    axes.set_ylim(floor / 1.6, max([floor, tolerance, *by_layer]) * 4)
     _layer_axis(axes, len(by_layer))
     axes.set_ylabel("largest difference")
     return _svg(figure, "difference", "largest difference to the reference by decoder layer")

@@ -1,9 +1,9 @@
 """Token sensitivities by one backward pass per batch: gate scores for every layer at once, and embedding scores.
 
-A presence gate ``m_i`` multiplies token i as a key for all other queries in the layers at and after a prune layer; as an additive
-bias ``log m_i`` on its attention logits it needs no change to the model. With one bias per layer the gradient for prune layer
-l is the sum over the layers from l on, so a single pass serves every candidate. Scores are squared gradients of the answer's
-margin (logit minus mean), which does not vanish where the loss saturates.
+A presence gate ``m_i`` multiplies token i as a key for all other queries in the layers at and after a prune layer; as
+an additive bias ``log m_i`` on its attention logits it needs no change to the model. With one bias per layer the
+gradient for prune layer l is the sum over the layers from l on, so a single pass serves every candidate. Scores are
+squared gradients of the answer's margin (logit minus mean), which does not vanish where the loss saturates.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ ANSWER_TOP = 64
 class Observation:
     """One item as seen by the dense model. S counts prompt tokens, A answer tokens.
 
-    gate: (L, S) for prune layers 0..L-1; row 0 gates all layers. embedding: (S,). inputs: prune layer -> probe features.
+    gate: (L, S) for prune layers 0..L-1; row 0 gates all layers. embedding: (S,). inputs: prune layer -> features.
     window: prune layer -> (H, W, S) attention of the last W queries in the layer before, half precision.
     likely, weight: (A, K) ids and probabilities of the dense model's K most likely tokens at each answer position.
-    exact: whether the dense model's greedy answer is the label. nll: mean negative log-likelihood of the label, nats per token.
+    exact: whether the dense model's greedy answer is the label. nll: its mean negative log-likelihood, nats per token.
     """
 
     gate: torch.Tensor
@@ -55,11 +55,23 @@ def run(decoder: Decoder, batch: Batch) -> torch.Tensor:
 
 
 def outcome(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """((B,) bool exact match, (B,) mean negative log-likelihood in nats per token) of the labels under (B, A, vocab) logits."""
+    """((B,) bool exact match, (B,) mean negative log-likelihood in nats per token) under logits (B, A, vocab)."""
     mask = batch.answer_mask
     hit = ((logits.argmax(-1) == batch.labels) | ~mask).all(1)
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none") * mask
     return hit, losses.sum(1) / mask.sum(1)
+
+
+def features(seen: Seen, layer: int, batch: Batch) -> ProbeInput:
+    """What a probe before ``layer`` reads; needs hidden 0, hidden ``layer`` and attention ``layer - 1`` watched."""
+    prompt = batch.prompt
+    return ProbeInput.of(
+        seen.hidden[layer][:, :prompt],
+        seen.hidden[0][:, :prompt],
+        seen.attention[layer - 1][..., :prompt],
+        batch.ids[:, :prompt],
+        batch.prompt_valid,
+    )
 
 
 def observe(
@@ -87,43 +99,33 @@ def observe(
 def _observe(decoder: Decoder, batch: Batch, layers: tuple[int, ...], window: int) -> list[Observation]:
     rows, prompt = len(batch.ids), batch.prompt
     gates = [torch.zeros(rows, prompt, requires_grad=True) for _ in decoder.layers]
-    total = batch.ids.shape[1]
-    embedded: list[torch.Tensor] = []
-
-    def leaf(seen: Seen) -> None:
-        # The embedding output becomes a leaf of its own, so that its gradient is at hand.
-        seen.hidden[0].requires_grad_(True)
-        embedded.append(seen.hidden[0])
-
     with (
         torch.enable_grad(),
         watch(
             decoder,
             hidden=(0, *layers),
             attention=tuple(p - 1 for p in layers),
-            queries=slice(prompt - window if prompt > window else 0, prompt),
-            before={0: leaf},
+            queries=slice(max(0, prompt - window), prompt),
+            before={0: _keep_gradient},
         ) as seen,
     ):
-        seen.bias.update({i: key_bias(gate, total) for i, gate in enumerate(gates)})
+        seen.bias.update({i: key_bias(gate, batch.ids.shape[1]) for i, gate in enumerate(gates)})
         logits = run(decoder, batch)
         picked = logits.gather(2, batch.labels[..., None])[..., 0]
         margin = ((picked - logits.mean(-1)) * batch.answer_mask).sum()
-        gradients = torch.autograd.grad(margin, [*gates, embedded[0]])
+        gradients = torch.autograd.grad(margin, [*gates, seen.hidden[0]])
     per_layer = torch.stack(gradients[:-1])
     gate = per_layer.flip(0).cumsum(0).flip(0) ** 2
     embedding = (gradients[-1][:, :prompt] ** 2).sum(-1)
     with torch.no_grad():
         likely = logits.detach().softmax(-1).topk(min(ANSWER_TOP, logits.shape[-1]))
         hit, nll = outcome(logits.detach(), batch)
-        valid, ids = batch.prompt_valid, batch.ids[:, :prompt]
-        hidden = {layer: seen.hidden[layer].detach()[:, :prompt] for layer in (0, *layers)}
         windows = {p: seen.attention[p - 1].detach()[..., :prompt] for p in layers}
-        inputs = {p: ProbeInput.of(hidden[p], hidden[0], windows[p], ids, valid) for p in layers}
+        inputs = {p: features(seen, p, batch) for p in layers}
     out = []
     for row in range(rows):
-        v, a = valid[row], batch.answer_mask[row]
-        shown = min(windows[layers[0]].shape[2], int(v.sum())) if layers else 0
+        v, a = batch.prompt_valid[row], batch.answer_mask[row]
+        shown = min(window, int(v.sum()))
         out.append(
             Observation(
                 gate=gate[:, row, v],
@@ -137,3 +139,8 @@ def _observe(decoder: Decoder, batch: Batch, layers: tuple[int, ...], window: in
             )
         )
     return out
+
+
+def _keep_gradient(seen: Seen) -> None:
+    """Before layer 0: the embeddings of a frozen model become a leaf, so that a gradient can be taken at them."""
+    seen.hidden[0].requires_grad_(True)

@@ -30,11 +30,13 @@ class Decoder:
     @classmethod
     def of(cls, model: nn.Module) -> Decoder:
         """Find the layers; raises UnsupportedModelError with the class name when there is no plain list of them."""
-        base = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+        find = getattr(model, "get_decoder", None)
+        base = find() if callable(find) else model
         layers = next((getattr(base, name) for name in _LAYER_LISTS if hasattr(base, name)), None)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: found no list of decoder layers under {', '.join(_LAYER_LISTS)}; only decoder-only causal LMs are supported"
+                f"{type(model).__name__}: found no list of decoder layers under {', '.join(_LAYER_LISTS)}; only "
+                "decoder-only causal LMs are supported"
             )
         attentions = [
             next((getattr(layer, name) for name in _ATTENTIONS if hasattr(layer, name)), None) for layer in layers
@@ -42,14 +44,18 @@ class Decoder:
         missing = [i for i, attention in enumerate(attentions) if attention is None]
         if missing:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: decoder layer {missing[0]} has no attention module; token pruning needs attention in every layer"
+                f"{type(model).__name__}: decoder layer {missing[0]} has no attention module; token pruning needs "
+                "attention in every layer"
             )
         return cls(model, tuple(layers), tuple(a for a in attentions if a is not None))
 
 
 @dataclass(slots=True)
 class Seen:
-    """What a forward pass passed by: ``hidden[l]`` is the input of layer l (B, S, D), ``attention[l]`` weights (B, H, Q, S)."""
+    """What a forward pass passed by, by layer, and the biases it is to add.
+
+    hidden: layer inputs (B, S, D). attention: weights (B, H, Q, S). bias: (B, 1, S, S), added to attention logits.
+    """
 
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     attention: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -112,7 +118,8 @@ def watch(
         def hook(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             if not isinstance(output, tuple) or len(output) < 2 or output[1] is None:
                 raise UnsupportedModelError(
-                    f"{type(module).__name__} returned no attention weights; load the model with attn_implementation='eager'"
+                    f"{type(module).__name__} returned no attention weights; load the model with "
+                    "attn_implementation='eager'"
                 )
             seen.attention[index] = output[1][:, :, queries]
 

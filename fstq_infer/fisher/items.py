@@ -59,13 +59,18 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 def batches(items: Sequence[Item], tokens: int = 4096, at_most: int = 16) -> Iterator[tuple[list[int], Batch]]:
-    """(indices, batch) over all items, similar lengths together, each at most ``tokens`` padded tokens and ``at_most`` rows."""
+    """(indices, batch) over all items, similar lengths together: up to ``at_most`` rows and ``tokens`` padded tokens.
+
+    An item of more than ``tokens`` tokens makes a batch of its own.
+    """
     order = sorted(range(len(items)), key=lambda i: len(items[i]))
     chunk: list[int] = []
+    prompt = answer = 0
     for i in order:
-        if chunk and (len(chunk) == at_most or (len(chunk) + 1) * len(items[i]) > tokens):
+        prompt, answer = max(prompt, len(items[i].prompt)), max(answer, len(items[i].answer))
+        if chunk and (len(chunk) == at_most or (len(chunk) + 1) * (prompt + answer) > tokens):
             yield chunk, collate([items[j] for j in chunk])
-            chunk = []
+            chunk, prompt, answer = [], len(items[i].prompt), len(items[i].answer)
         chunk.append(i)
     if chunk:
         yield chunk, collate([items[j] for j in chunk])

@@ -1,8 +1,8 @@
 """The probe: a tiny head that predicts token sensitivity at inference, where there is no gradient.
 
-Query-aware: token-level matches between the last W positions and every token, from RMS-normed layer inputs and embeddings;
-linear features, log window attention and lexical overlap; three 1-D convolutions, because words span tokens. About 50k
-parameters; the exported graph computes the same (fstq_export.passes.probe).
+Query-aware: token-level matches between the last W positions and every token, from RMS-normed layer inputs and
+embeddings; linear features, log window attention and lexical overlap; three 1-D convolutions, because words span
+tokens. About 50k parameters; the exported graph computes the same (fstq_export.passes.probe).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ NEGATIVE = -1e4
 class ProbeInput:
     """Features of a left-padded batch of prompts at one prune layer.
 
-    states: (B, S, 2D) RMS-normed layer input and embedding. side: (B, 2H + 3, S) log window attention (mean, max over the
-    last W queries) and lexical overlap. valid: (B, S) bool.
+    states: (B, S, 2D) RMS-normed layer input and embedding. side: (B, 2H + 3, S) log window attention (mean and max
+    over the last W queries) and lexical overlap. valid: (B, S) bool.
     """
 
     states: torch.Tensor
@@ -41,7 +41,7 @@ class ProbeInput:
         ids: torch.Tensor,
         valid: torch.Tensor,
     ) -> ProbeInput:
-        """hidden, embedded: (B, S, D); attention: (B, H, W', S) of the last W' = min(W, S) queries; ids, valid: (B, S)."""
+        """hidden, embedded: (B, S, D); attention: (B, H, min(W, S), S) of the last queries; ids, valid: (B, S)."""
         width = hidden.shape[-1]
         states = torch.cat([functional.rms_norm(x.float(), (width,), eps=EPSILON) for x in (hidden, embedded)], -1)
         window = attention.shape[2]
@@ -69,7 +69,7 @@ class ProbeInput:
 
 
 def lexical(ids: torch.Tensor, valid: torch.Tensor, window: int) -> torch.Tensor:
-    """(B, 3, S): does the last ``window`` tokens hold this token (over its count in the prompt), this bigram, this trigram."""
+    """(B, 3, S): whether the last ``window`` tokens hold this token (over its count in the prompt), bigram, trigram."""
     real = valid.float()
     uni = (ids[:, -window:, None] == ids[:, None, :]).float() * real[:, -window:, None] * real[:, None, :]
     uni[:, :, max(0, ids.shape[1] - window) :] = 0
@@ -95,16 +95,16 @@ class Probe(nn.Module):
         self.conv2 = nn.Conv1d(32, 32, 17, padding=8)
         self.conv3 = nn.Conv1d(32, 1, 9, padding=4)
         self.skip = nn.Conv1d(features, 1, 1)
-        nn.init.zeros_(self.skip.weight)
-        nn.init.zeros_(self.skip.bias)
+        for parameter in self.skip.parameters():
+            nn.init.zeros_(parameter)
 
     @classmethod
     def untrained(cls, width: int, attention_heads: int, window: int = 16) -> Probe:
-        """Without calibration data: scores are the mean log window attention, the training-free choice (SnapKV's signal)."""
+        """Without calibration data: scores are the mean log window attention (SnapKV's signal), training-free."""
         probe = cls(width, attention_heads, window)
         with torch.no_grad():
-            probe.conv3.weight.zero_()
-            probe.conv3.bias.zero_()  # type: ignore[union-attr]
+            for parameter in probe.conv3.parameters():
+                parameter.zero_()
             start = probe.skip.weight.shape[1] - 3 - 2 * attention_heads
             probe.skip.weight[0, start : start + attention_heads] = 1 / attention_heads
         return probe
@@ -137,8 +137,8 @@ class Probe(nn.Module):
         return scores
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
-        """Weights by name for the graph pass; query and key as (heads, rank, 2D) and (heads, rank)."""
-        found = {name: value.detach().float().numpy() for name, value in self.state_dict().items()}
+        """A copy of the weights by name, for the graph pass; query and key as (heads, rank, 2D) and (heads, rank)."""
+        found = {name: value.detach().float().numpy().copy() for name, value in self.state_dict().items()}
         for name in ("query", "key"):
             found[f"{name}.weight"] = found[f"{name}.weight"].reshape(self.heads, self.rank, -1)
             found[f"{name}.bias"] = found[f"{name}.bias"].reshape(self.heads, self.rank)

@@ -12,17 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from fstq_infer.fisher.gates import outcome, run
-from fstq_infer.fisher.hooks import Decoder, Seen, watch
+from fstq_infer.fisher.hooks import Decoder, watch
 from fstq_infer.fisher.items import Batch, Item, batches
-from fstq_infer.fisher.probe import Probe, ProbeInput
-from fstq_infer.fisher.select import keep_count, select
 
 NEVER = -1e9
 
 
 def drop_bias(kept: Sequence[NDArray[np.int64]], batch: Batch) -> torch.Tensor:
-    """(B, 1, S, S) bias that hides all prompt tokens but the kept ones (indices into each row's own prompt) from other queries.
+    """(B, 1, S, S) bias that hides all prompt tokens but the kept ones from other queries.
 
+    kept: per row the indices that stay, counted in the row's own prompt, without its padding.
     A dropped token still sees itself: its output is read by nobody, but has to stay finite.
     """
     total, prompt = batch.ids.shape[1], batch.prompt
@@ -32,27 +31,6 @@ def drop_bias(kept: Sequence[NDArray[np.int64]], batch: Batch) -> torch.Tensor:
         bias[row, start:prompt] = NEVER
         bias[row, torch.from_numpy(columns) + start] = 0
     return bias[:, None, None, :] * (1 - torch.eye(total))
-
-
-def probe_selection(
-    probe: Probe, seen: Seen, layer: int, batch: Batch, keep: float, sink: int
-) -> list[NDArray[np.int64]]:
-    """Per row the prompt indices that the probe keeps at ratio ``keep``."""
-    size = batch.prompt
-    x = ProbeInput.of(
-        seen.hidden[layer][:, :size],
-        seen.hidden[0][:, :size],
-        seen.attention[layer - 1][..., :size],
-        batch.ids[:, :size],
-        batch.prompt_valid,
-    )
-    with torch.no_grad():
-        scores = probe(x)
-    out = []
-    for row in range(len(scores)):
-        mine = scores[row][batch.prompt_valid[row]].numpy()
-        out.append(select(mine, keep_count(len(mine), keep, sink, probe.window), sink, probe.window))
-    return out
 
 
 def pruned_outcome(

@@ -1,7 +1,7 @@
 """Token scores: strategies that say which prompt tokens matter. Arrays in, scores out; selection is apart.
 
-Each strategy is a frozen dataclass with one method; :data:`SCORES` names them. ``gate`` and ``embedding`` need labels and
-gradients, so they serve as targets for the probe and as references; the others work at inference.
+Each strategy is a frozen dataclass with one method; :data:`SCORES` names them. ``gate`` and ``embedding`` need labels
+and gradients, so they serve as targets for the probe and as references; the others work at inference.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class LastTokenAttention:
 
 @dataclass(frozen=True, slots=True)
 class WindowAttention:
-    """Attention of the last W queries, mean over heads and queries, max-pooled: SnapKV (Li et al., arXiv 2404.14469)."""
+    """Attention of the last W queries, mean over heads and queries, max-pooled: SnapKV (Li et al., 2404.14469)."""
 
     pool: int = 7
 

@@ -19,16 +19,15 @@ def select(scores: NDArray[np.floating], keep: int, sink: int, window: int) -> N
 
     scores: (S,) of one prompt, higher stays.
     """
-    forced = scores.astype(np.float64, copy=True)
-    if sink:
-        forced[:sink] = np.inf
-    if window:
-        forced[-window:] = np.inf
-    return np.sort(np.argsort(-forced, kind="stable")[:keep]).astype(np.int64)
+    column = np.arange(len(scores))
+    free = (column >= sink) & (column < len(scores) - window)
+    order = np.lexsort((-scores.astype(np.float64), free))  # forced ones first, whatever the scores; stable
+    return np.sort(order[:keep]).astype(np.int64)
 
 
 def max_pool(scores: NDArray[np.floating], width: int = 7) -> NDArray[np.floating]:
     """(S,) -> (S,): the largest score within ``width`` positions; words span several tokens, so neighbours matter."""
     half = width // 2
     padded = np.pad(scores, (half, width - 1 - half), constant_values=-np.inf)
-    return np.lib.stride_tricks.sliding_window_view(padded, width).max(-1)
+    pooled: NDArray[np.floating] = np.lib.stride_tricks.sliding_window_view(padded, width).max(-1)
+    return pooled

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
 
-from fstq_infer.fisher.gates import Observation, run
+from fstq_infer.fisher.gates import Observation, features, run
 from fstq_infer.fisher.hooks import Decoder, Seen, key_bias, watch
-from fstq_infer.fisher.items import Item, collate
+from fstq_infer.fisher.items import Batch, Item, collate
 from fstq_infer.fisher.probe import Probe, ProbeInput
 from fstq_infer.fisher.select import keep_count
 
@@ -30,27 +31,25 @@ def distill(
     inputs: Sequence[ProbeInput],
     targets: Sequence[torch.Tensor],
     seed: int,
-    epochs: int = 8,
+    epochs: int = 5,
     progress: Progress | None = None,
 ) -> None:
-    """Fit the probe's softmax to the targets (KL), AdamW, 8 items a step, linear decay."""
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.01)
+    """Fit the probe's softmax to the targets (KL), AdamW, 16 items a step, linear decay."""
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=3e-3, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     order = sorted(range(len(inputs)), key=lambda i: len(targets[i]))
-    groups = [order[i : i + 8] for i in range(0, len(order), 8)]
+    groups = [order[i : i + 16] for i in range(0, len(order), 16)]
     for epoch in range(epochs):
         for group_index in torch.randperm(len(groups), generator=generator).tolist():
             group = groups[group_index]
             for settings in optimizer.param_groups:
-                settings["lr"] = 2e-3 * (1 - epoch / epochs)
+                settings["lr"] = 3e-3 * (1 - epoch / epochs)
             x = ProbeInput.pad([inputs[i] for i in group])
             size = x.valid.shape[1]
             wanted = torch.stack([functional.pad(targets[i], (size - len(targets[i]), 0)) for i in group])
             scores = probe(x).masked_fill(~x.valid, -1e4)
             loss = -(wanted * scores.log_softmax(-1)).sum(-1).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            _update(optimizer, probe, loss)
         if progress:
             progress(epoch + 1)
 
@@ -82,6 +81,47 @@ def soft_bias(
     return torch.stack(rows), torch.stack(excess).mean() if excess else torch.zeros(())
 
 
+@dataclass(slots=True)
+class SoftGates:
+    """Gates ``layers`` by the probe's scores; called as the first of them starts, within the forward pass.
+
+    keeps: a keep ratio for each row of ``batch``. excess: of kept mass, once called; see :func:`soft_bias`.
+    """
+
+    probe: Probe
+    layers: range
+    batch: Batch
+    keeps: Sequence[float]
+    sink: int
+    temperature: float
+    excess: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def __call__(self, seen: Seen) -> None:
+        scores = self.probe(features(seen, self.layers.start, self.batch))
+        bias, self.excess = soft_bias(
+            scores, self.batch.prompt_valid, self.keeps, self.sink, self.probe.window, self.temperature
+        )
+        seen.bias.update(dict.fromkeys(self.layers, key_bias(bias, self.batch.ids.shape[1])))
+
+
+def gated_loss(decoder: Decoder, gates: SoftGates, observations: Sequence[Observation]) -> torch.Tensor:
+    """Cross-entropy to the dense model's answers, as observed for each row, plus twice the excess of kept mass."""
+    layer, prompt = gates.layers.start, gates.batch.prompt
+    with watch(
+        decoder,
+        hidden=(0, layer),
+        attention=(layer - 1,),
+        queries=slice(max(0, prompt - gates.probe.window), prompt),
+        before={layer: gates},
+    ):
+        logits = run(decoder, gates.batch)
+    loss = 2 * gates.excess
+    for row, dense in enumerate(observations):
+        logp = logits[row, : len(dense.likely)].log_softmax(-1).gather(1, dense.likely)
+        loss = loss - (dense.weight * logp).sum(-1).mean() / len(observations)
+    return loss
+
+
 def tune(
     probe: Probe,
     decoder: Decoder,
@@ -94,60 +134,35 @@ def tune(
     rows: int = 8,
     progress: Progress | None = None,
 ) -> None:
-    """Tune the probe in place so that the gated model answers as the dense one does.
+    """Tune the probe in place so that the gated model answers as the dense one does; the model stays as it is.
 
-    Loss: cross-entropy to the dense model's answer distribution, plus twice the excess of kept mass. The temperature falls from 1
-    to 0.15; lower ones, and many more steps, were seen to ruin the probe.
+    observations: of the items, in their order. The temperature falls from 1 to 0.15; lower ones, and many more steps,
+    were seen to ruin the probe.
     """
-    window = probe.window
     optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     order = sorted(range(len(items)), key=lambda i: len(items[i]))
     rows = min(rows, len(items))
+    layers = range(layer, len(decoder.layers))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
         temperature = max(0.15, 1 - step / steps)
-        first = int(torch.randint(len(order) - rows + 1, (1,), generator=generator))
         # Neighbours in length share a batch; a random shift keeps the groups from being the same ones each time.
+        first = int(torch.randint(len(order) - rows + 1, (1,), generator=generator))
         chosen = order[first : first + rows]
         keeps = [KEEPS[int(torch.randint(len(KEEPS), (1,), generator=generator))] for _ in chosen]
-        batch = collate([items[i] for i in chosen])
-        prompt, total = batch.prompt, batch.ids.shape[1]
-        excess: list[torch.Tensor] = []
-
-        def gate(seen: Seen, keeps: list[float] = keeps, excess: list[torch.Tensor] = excess, batch=batch) -> None:  # type: ignore[no-untyped-def]
-            size = batch.prompt
-            x = ProbeInput.of(
-                seen.hidden[layer][:, :size],
-                seen.hidden[0][:, :size],
-                seen.attention[layer - 1][..., :size],
-                batch.ids[:, :size],
-                batch.prompt_valid,
-            )
-            bias, over = soft_bias(probe(x), batch.prompt_valid, keeps, sink, window, temperature)
-            excess.append(over)
-            seen.bias.update(dict.fromkeys(range(layer, len(decoder.layers)), key_bias(bias, batch.ids.shape[1])))
-
-        with (
-            torch.enable_grad(),
-            watch(
-                decoder,
-                hidden=(0, layer),
-                attention=(layer - 1,),
-                queries=slice(max(0, prompt - window), prompt),
-                before={layer: gate},
-            ),
-        ):
-            logits = run(decoder, batch)
-            loss = 2 * excess[0]
-            for row, i in enumerate(chosen):
-                seen_item = observations[i]
-                logp = logits[row, : len(seen_item.likely)].log_softmax(-1).gather(1, seen_item.likely)
-                loss = loss - (seen_item.weight * logp).sum(-1).mean() / len(chosen)
-            optimizer.zero_grad()
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
-        optimizer.step()
+        gates = SoftGates(probe, layers, collate([items[i] for i in chosen]), keeps, sink, temperature)
+        with torch.enable_grad():
+            loss = gated_loss(decoder, gates, [observations[i] for i in chosen])
+        _update(optimizer, probe, loss, clip=1.0)
         if progress:
             progress(step + 1)
-        del total
+
+
+def _update(optimizer: torch.optim.Optimizer, probe: Probe, loss: torch.Tensor, clip: float | None = None) -> None:
+    """One step on the probe; gradients reach its parameters only, whether or not the model's are frozen."""
+    optimizer.zero_grad()
+    torch.autograd.backward(loss, inputs=list(probe.parameters()))
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(probe.parameters(), clip)
+    optimizer.step()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal, overload
 
+from fstq_infer.bundle import Bundle
 from fstq_infer.errors import OptionError, PromptError
 from fstq_infer.runtime.chat import ChatTemplate, Message
 from fstq_infer.runtime.engine import Engine
+from fstq_infer.runtime.load import open_engine
 from fstq_infer.runtime.loop import Row, Run
 from fstq_infer.runtime.options import Defaults, Keep, Options, parse_options
 from fstq_infer.runtime.result import Clock, Result, Stream
+from fstq_infer.runtime.sampling import Sampling
 from fstq_infer.runtime.session import Session
 from fstq_infer.runtime.text import Tokenizer
 
@@ -38,6 +42,35 @@ class Generator:
         self.template = template
         self._eos = frozenset(self.defaults.eos_ids)
         parse_options({}, self.defaults, engine.stages)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backend: str = "ort",
+        threads: int | None = None,
+        provider: str = "cpu",
+        checksums: bool = False,
+    ) -> Generator:
+        """Open a bundle and its engine, which is built first where there is none for this device yet.
+
+        threads: CPU threads, default all that this process may use. checksums: also read every file of the bundle
+        and compare its checksum; an engine's build always does. Raises BundleError and EngineError subclasses.
+        """
+        bundle = Bundle.open(path, checksums=checksums)
+        engine = open_engine(bundle, backend=backend, threads=threads, provider=provider)
+        tokenizer = Tokenizer.from_file(bundle.file("tokenizer.json"))
+        manifest = bundle.manifest
+        given = manifest.generation
+        sampling = Sampling(given.temperature, given.top_k, given.top_p, given.repetition_penalty)
+        template = None
+        if "chat_template.jinja" in manifest.files:
+            named = {"bos_token": given.bos_token_id, "eos_token": next(iter(given.eos_token_ids), None)}
+            tokens = {name: text for name, i in named.items() if i is not None and (text := tokenizer.token(i))}
+            template = ChatTemplate(bundle.file("chat_template.jinja").read_text(encoding="utf-8"), tokens)
+        keep = manifest.pruning.keep if manifest.stages else 1.0
+        return cls(engine, tokenizer, Defaults(keep, sampling, given.eos_token_ids), template)
 
     @overload
     def generate(self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Any) -> Result: ...

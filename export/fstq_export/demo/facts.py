@@ -1,4 +1,4 @@
-"""Seeded generator of long-context questions in four languages: the demo model's training and test data.
+"""Seeded generator of long-context questions in two languages: the demo model's training and test data.
 
 Knows how facts, filler and questions are worded; knows nothing of tokens or models. Every name is made of syllables,
 and a hash of the name decides its split, so that test names never occur in training.
@@ -11,9 +11,15 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fstq_infer.errors import OptionError
+
 SPLITS = ("train", "valid", "test")
 
-_SYLLABLES = [a + b for a in ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"] for b in ["a", "e", "i", "o", "u"]]
+_SYLLABLES = [
+    a + b
+    for a in ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"]
+    for b in ["a", "e", "i", "o", "u"]
+]
 _ENDINGS = ["n", "l", "r", "s", "x", "th", "nd", "k", "m"]
 
 
@@ -174,7 +180,9 @@ def split_of(name: str) -> str:
 
 
 def made_up_name(rng: random.Random, split: str) -> str:
-    """A capitalised name of two or three syllables that belongs to ``split``."""
+    """A capitalised name of two or three syllables that belongs to ``split``; OptionError for an unknown split."""
+    if split not in SPLITS:
+        raise OptionError(f"split is '{split}'; expected one of {', '.join(SPLITS)}")
     while True:
         name = "".join(rng.choices(_SYLLABLES, k=rng.choice((2, 2, 3)))) + rng.choice(_ENDINGS)
         if split_of(name) == split:
@@ -195,7 +203,10 @@ class Fact:
 
 
 class World:
-    """A set of facts about made-up subjects in one language; every subject has at most one value for a relation."""
+    """A set of facts about made-up subjects in one language; within a relation no subject and no value occurs twice.
+
+    facts: how many; one more where the last one brings a town and who lives there.
+    """
 
     def __init__(self, rng: random.Random, language: Language, split: str, facts: int) -> None:
         self.rng, self.language, self.split = rng, language, split
@@ -276,7 +287,11 @@ class World:
 
     def _absent(self) -> tuple[str, str]:
         relation = self.rng.choice(self.language.relations)
-        return relation.asks.format(s=self._subject(relation)), self.language.absent
+        named = {word for fact in self.facts for word in f"{fact.subject} {fact.value}".split()}
+        subject = self._subject(relation)
+        while subject.split()[-1] in named:
+            subject = self._subject(relation)
+        return relation.asks.format(s=subject), self.language.absent
 
 
 KINDS = ("single", "single", "single", "which", "linked", "absent")

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from fstq_export import data
 from fstq_export.calibrate import Recipe
-from fstq_export.command import bars, verdict
+from fstq_export.command import bars
 from fstq_export.demo import facts
 from fstq_export.pipeline import Done, Request, export
+from fstq_export.report import verdict
 from fstq_infer.commands import kept_text
 from fstq_infer.errors import OptionError
 from fstq_infer.runtime.generate import Generator

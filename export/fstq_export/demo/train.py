@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fstq_export.demo import facts
 
 BOS, EOS = "<s>", "</s>"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,8 @@ class Stream:
         self.bos, self.eos = tokenizer.convert_tokens_to_ids([BOS, EOS])
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
 
     def narrative(self, facts_at_most: int) -> tuple[list[int], list[float]]:
         ids = [self.bos, *self._ids(facts.narrative(self.rng, self.rng.randrange(2, facts_at_most + 1)))]
@@ -114,7 +118,8 @@ def exact_match(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tokens: int, count: int, split: str, seed: int
 ) -> dict[str, float]:
     """Share of questions whose whole answer is the greedy continuation (teacher-forced), by kind of question."""
-    rng, hits = random.Random(seed), {}
+    rng = random.Random(seed)
+    hits: dict[str, list[bool]] = {}
     n_facts = max(2, round(tokens / 18 * 0.75))
     for _ in range(count):
         x = facts.item(rng, split, n_facts, max(0, round((tokens - 13 * n_facts) / 10)))
@@ -127,7 +132,11 @@ def exact_match(
 
 
 def save(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, log: list[dict[str, object]], out: Path
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    log: Sequence[dict[str, object]],
+    out: Path,
 ) -> None:
     """Model in half precision, tokenizer, recipe and log."""
     clone = LlamaForCausalLM(model.config).half()
@@ -156,8 +165,9 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
     )
     model = LlamaForCausalLM(config) if start is None else LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    stream, log, began, step = Stream(tokenizer, recipe.seed + 1), [], time.monotonic(), 0
-    seen, last_report = 0, 0
+    stream, began = Stream(tokenizer, recipe.seed + 1), time.monotonic()
+    log: list[dict[str, object]] = []
+    step, seen, last_report = 0, 0, 0
     while seen < recipe.tokens:
         progress = seen / recipe.tokens
         rate = (
@@ -179,14 +189,14 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = loss_of(model, ids, weights)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step, seen = step + 1, seen + int((weights > 0).sum())
         if seen - last_report > recipe.tokens / 30:
             last_report = seen
             model.eval()
-            row = {
+            row: dict[str, object] = {
                 "minutes": round((time.monotonic() - began) / 60, 1),
                 "step": step,
                 "tokens": seen,
@@ -195,7 +205,7 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
             row |= {f"exact_{n}": exact_match(model, tokenizer, n, 40, "valid", 11) for n in (100, 500)}
             model.train()
             log.append(row)
-            print(json.dumps(row), flush=True)
+            _log.info(json.dumps(row))
             save(model, tokenizer, recipe, log, out)
     save(model, tokenizer, recipe, log, out)
 
@@ -208,6 +218,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="go on from this checkpoint")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     train(Recipe(seed=arguments.seed, tokens=arguments.tokens), arguments.out, arguments.start)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from fstq_infer.errors import UnsupportedModelError
 
 _LAYER = re.compile(r"(?:^|/)(?:layers|h|blocks)\.(\d+)(?:/|$)")
+_STARTS = ("RMSNormalization", "LayerNormalization", "MatMul")
 OURS = "fstq/"  # name scope of the nodes that our passes insert
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
@@ -44,8 +50,8 @@ def attention_nodes(graph: ir.Graph) -> dict[int, ir.Node]:
     missing = sorted(layers - found.keys())
     if missing or not layers:
         raise UnsupportedModelError(
-            f"decoder layer {missing[0] if missing else 0} of {len(layers)} has no Attention node (a recurrent or convolutional layer?); "
-            "only decoders with attention in every layer are supported"
+            f"decoder layer {missing[0] if missing else 0} of {len(layers)} has no Attention node (a recurrent or "
+            "convolutional layer?); only decoders with attention in every layer are supported"
         )
     return found
 
@@ -74,13 +80,13 @@ def crossing(graph: ir.Graph, layer: int) -> Crossing:
             elif source is None and at is not None:
                 side[value] = None
     if layer == 0:
-        norm = next(
-            (n for n in graph if layer_of(n) == 0 and n.op_type in ("RMSNormalization", "LayerNormalization")), None
-        )
-        residual = norm.inputs[0] if norm is not None else None
-        if residual is None or residual.producer() is None or residual not in side:
+        # Layer 0 reads its residual with a norm, or with a projection where norms come after the blocks (OLMo 2).
+        starts = (n for n in graph if layer_of(n) == 0 and n.op_type in _STARTS and n.inputs[0] in side)
+        residual = next((n.inputs[0] for n in starts), None)
+        if residual is None:
             raise UnsupportedModelError(
-                "decoder layer 0 does not begin with a norm of the embeddings; this block layout is not supported"
+                "decoder layer 0 begins with neither a norm nor a projection of the embeddings; "
+                "this block layout is not supported"
             )
         return Crossing(0, residual, tuple(v for v in side if v is not residual))
     if len(early) != 1:
@@ -91,8 +97,8 @@ def crossing(graph: ir.Graph, layer: int) -> Crossing:
     return Crossing(layer, next(iter(early)), tuple(side))
 
 
-def int64(name: str, dims: list[int | str]) -> ir.Value:
-    """A new int64 graph input or output value."""
+def int64(name: str, dims: Sequence[int | str]) -> ir.Value:
+    """A new int64 value for the graph's inputs."""
     return ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(dims))
 
 
@@ -118,23 +124,21 @@ class Emit:
         self.nodes.append(node)
         return tuple(node.outputs)
 
-    def const(self, array: object) -> ir.Value:
-        """A small constant; equal ones are shared within the graph."""
-        tensor = ir.tensor(array)  # type: ignore[arg-type]
-        data = tensor.numpy()
-        name = f"fstq/const/{data.dtype}{list(data.shape)}/{data.tobytes().hex() if data.nbytes <= 64 else id(tensor)}"
-        return self.weight(name, data)
+    def const(self, array: NDArray[Any]) -> ir.Value:
+        """A constant; equal ones are shared within the graph."""
+        data = array.tobytes()
+        content = data.hex() if len(data) <= 64 else hashlib.sha256(data).hexdigest()
+        return self.weight(f"fstq/const/{array.dtype}{list(array.shape)}/{content}", array)
 
     def ints(self, *values: int) -> ir.Value:
         """A 1-D int64 constant."""
-        return self.const(ir.tensor(list(values), dtype=ir.DataType.INT64).numpy())
+        return self.const(np.array(values, np.int64))
 
-    def weight(self, name: str, array: object) -> ir.Value:
+    def weight(self, name: str, array: NDArray[Any]) -> ir.Value:
         """An initializer of that name."""
         if name not in self.graph.initializers:
-            tensor = ir.tensor(array, name=name)  # type: ignore[arg-type]
-            value = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+            tensor = ir.tensor(array, name=name)
+            self.graph.initializers[name] = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
             )
-            self.graph.initializers[name] = value
         return self.graph.initializers[name]

@@ -1,0 +1,80 @@
+"""Export cost and prefill speed on the Qwen2.5-0.5B shape (random weights; the shape decides speed).
+
+python bench/pruning.py      about 4 minutes on 2 cores; writes results/pruning.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from common import target, timed, write
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+PROMPT, NEW, LAYER = 1024, 64, 6
+
+
+def checkpoint(folder: Path) -> None:
+    """A random bfloat16 checkpoint of the shape, with a minimal tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        dtype=torch.bfloat16,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    core = Tokenizer(models.BPE({chr(97 + i): i for i in range(26)}, []))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
+
+
+def main() -> None:
+    fstq = [sys.executable, "-m", "fstq_infer"]
+    with tempfile.TemporaryDirectory(prefix="fstq-bench-") as scratch:
+        work = Path(scratch)
+        # The checkpoint is made in another process, so that its memory is not counted.
+        timed([sys.executable, __file__, "--make", str(work / "model")])
+        bundle = work / "model.bundle"
+        export = [*fstq, "export", str(work / "model"), "--out", str(bundle), "--prune-layer", str(LAYER), "--keep", "0.25"]
+        seconds, peak = timed(export)
+        build_seconds, build_peak = timed([*fstq, "build", str(bundle)])
+        out = work / "bench.json"
+        measured = [*fstq, "bench", str(bundle), "--prompt-tokens", str(PROMPT), "--new-tokens", str(NEW)]
+        timed([*measured, "--keep", "1.0,0.5,0.25", "--repeats", "5", "--json", str(out)])
+        rows = json.loads(out.read_text())["rows"]
+        dense, pruned = rows[0], rows[-1]
+        shutil.rmtree(bundle)
+    rows.append({"export_seconds": seconds, "export_peak_rss": peak, "build_seconds": build_seconds, "build_peak_rss": build_peak})
+    write(
+        "pruning",
+        "python bench/pruning.py",
+        rows,
+        {
+            "export without calibration, seconds": target(seconds, 45, at_least=False),
+            "export peak RSS, GB": target(peak / 1e9, 2.5, at_least=False),
+            "prefill at keep 25 % from layer L/4 over dense, fp32": target(dense["prefill_s"] / pruned["prefill_s"], 2.0),
+        },
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--make"]:
+        checkpoint(Path(sys.argv[2]))
+    else:
+        main()

@@ -1,0 +1,242 @@
+"""Where engines live, what each is good for, and whether one is whole. Knows files and machines, no backend.
+
+An engine is a directory with a sidecar, engine.json, written with it in one step. By default it lies under
+``<cache>/engines/<key>``; the key covers everything that an engine depends on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fstq_infer.atomic import sha256_file
+from fstq_infer.bundle import Bundle, FileEntry
+from fstq_infer.errors import EngineError, EngineMismatchError
+
+try:
+    import fcntl
+except ImportError:  # outside POSIX builds are not serialised
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT, VERSION, SIDECAR = "fstq-engine", 1, "engine.json"
+SIDECAR_CAP = 1 << 20
+PARTIAL = re.compile(r"\.[0-9a-f]{20}\.partial-[0-9]+")  # of a key, see fstq_infer/atomic.py
+GRAPH_CONTRACT = 1  # docs/bundle-format.md
+CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """A kind of CPU: readable description, and SHA-256 of machine type and instruction set extensions."""
+
+    description: str
+    sha256: str
+
+
+def this_cpu() -> Cpu:
+    """The CPU of this machine, from /proc/cpuinfo on Linux."""
+    machine, found = platform.machine(), dict[str, set[str]]()
+    with contextlib.suppress(OSError):
+        for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), set()).add(value.strip())
+    features = sorted({word for name in ("flags", "Features") for line in found.get(name, ()) for word in line.split()})
+    model = ", ".join(sorted(found.get("model name", ()) or found.get("CPU part", ()))) or platform.processor()
+    digest = hashlib.sha256(" ".join([machine, *features]).encode()).hexdigest()
+    return Cpu(f"{machine} {model} with {len(features)} CPU features", digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What an engine was built from, with and for. Two engines with equal identities can stand for each other."""
+
+    bundle_sha256: str
+    backend: str
+    backend_version: str
+    cpu: Cpu
+
+    @property
+    def key(self) -> str:
+        """Short name of the engine's directory."""
+        parts = (self.bundle_sha256, self.backend, self.backend_version, self.cpu.sha256, GRAPH_CONTRACT, VERSION)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """engine.json. ``peak_rss_bytes`` is that of the process that built it; ``parity`` says how it was checked."""
+
+    identity: Identity
+    bundle_path: str
+    files: Mapping[str, FileEntry]
+    build_seconds: float
+    peak_rss_bytes: int
+    parity: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        """The file's text."""
+        data = {"format": FORMAT, "version": VERSION, "key": self.identity.key, **asdict(self)}
+        return json.dumps(data, indent=2) + "\n"
+
+    @classmethod
+    def read(cls, directory: Path) -> Sidecar:
+        """Raises EngineError for a sidecar that is absent, damaged or of another version."""
+        path = directory / SIDECAR
+        try:
+            with path.open("rb") as file:
+                data = json.loads(file.read(SIDECAR_CAP))
+            if (data["format"], data["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"format {data['format']!r} version {data['version']!r}, expected {FORMAT} {VERSION}")
+            identity = _texts(Identity, data["identity"] | {"cpu": _texts(Cpu, data["identity"]["cpu"])})
+            files = {str(name): FileEntry(int(e["bytes"]), str(e["sha256"])) for name, e in data["files"].items()}
+            if any(Path(name).name != name for name in files):
+                raise ValueError("a file outside the engine's directory")
+            return cls(
+                identity,
+                str(data["bundle_path"]),
+                files,
+                float(data["build_seconds"]),
+                int(data["peak_rss_bytes"]),
+                dict(data["parity"]),
+            )
+        except OSError as error:
+            raise EngineError(f"{directory} holds no engine: {error}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise EngineError(f"{path} is damaged: {type(error).__name__} {error}.") from error
+
+    def verify(self, directory: Path, checksums: bool = False) -> None:
+        """Raise EngineError when a file is missing, has another size or, if asked, another checksum."""
+        for name, entry in self.files.items():
+            path = directory / name
+            try:
+                size = path.stat().st_size
+                if size != entry.bytes:
+                    raise EngineError(f"{path} is damaged: it has {size} bytes, expected {entry.bytes}.")
+                if checksums and sha256_file(path) != entry.sha256:
+                    raise EngineError(f"{path} is damaged: its content has changed since it was built.")
+            except OSError as error:
+                raise EngineError(f"{path} cannot be read: {error}.") from error
+
+    def require(self, wanted: Identity, directory: Path, bundle: Bundle) -> None:
+        """Raise EngineMismatchError, naming both sides and the command that rebuilds, unless the identity is this."""
+        have = self.identity
+        backends = [f"{side.backend} {side.backend_version}" for side in (have, wanted)]
+        cpus = [f"{side.cpu.description} ({side.cpu.sha256[:12]})" for side in (have, wanted)]
+        differing = [
+            f"{what} was {built}, now it is {now}"
+            for what, same, built, now in (
+                (
+                    "the bundle",
+                    have.bundle_sha256 == wanted.bundle_sha256,
+                    f"{have.bundle_sha256[:12]} ({self.bundle_path})",
+                    f"{wanted.bundle_sha256[:12]} ({bundle.path})",
+                ),
+                ("the backend", backends[0] == backends[1], *backends),
+                ("the CPU", have.cpu.sha256 == wanted.cpu.sha256, *cpus),
+            )
+            if not same
+        ]
+        if differing:
+            raise EngineMismatchError(
+                f"the engine in {directory} was built for something else: {'; '.join(differing)}. "
+                f"Rebuild it with: {rebuild_command(bundle, directory, wanted)}"
+            )
+
+
+def rebuild_command(bundle: Bundle, directory: Path, identity: Identity) -> str:
+    """The command line that replaces the engine in ``directory``."""
+    command = f"fstq build {shlex.quote(str(bundle.path))} --force"
+    own = directory.absolute() == default_directory(identity).absolute()
+    return command if own else f"{command} --directory {shlex.quote(str(directory))}"
+
+
+def engines_root() -> Path:
+    """$FSTQ_CACHE, $XDG_CACHE_HOME/fstq or ~/.cache/fstq; in there, ``engines``."""
+    if own := os.environ.get("FSTQ_CACHE"):
+        return Path(own).expanduser().absolute() / "engines"
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "fstq" / "engines"
+
+
+def default_directory(identity: Identity) -> Path:
+    """Where an engine of that identity is cached."""
+    return engines_root() / identity.key
+
+
+@contextlib.contextmanager
+def one_builder(directory: Path) -> Iterator[None]:
+    """Let one process at a time build next to ``directory``: the others wait, then find the engine.
+
+    In the cache this also removes what builders left that were killed while they built something else.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory.parent, os.O_RDONLY) if fcntl is not None else None
+    except OSError as error:
+        raise EngineError(f"{directory} cannot be written: {error}. Set FSTQ_CACHE to another directory.") from error
+    try:
+        if lock is not None and _wait(lock) and directory.parent == engines_root():
+            for path in directory.parent.iterdir():  # whoever holds the lock is the only one at work here
+                if PARTIAL.fullmatch(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _wait(lock: int) -> bool:
+    """Wait for the lock; False where locks do not work, as on some network mounts."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def require_memory(needed: int) -> None:
+    """Raise EngineError when less memory is available; where that cannot be found out, try."""
+    try:
+        lines = MEMINFO.read_text(encoding="utf-8").splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    except (OSError, StopIteration, ValueError):
+        return
+    if free < needed:
+        raise EngineError(
+            f"building needs about {_mib(needed)} of memory, but {_mib(free)} are available. Close other programs, "
+            "add swap, or build on another machine with the same CPU and copy the engine's directory."
+        )
+
+
+def require_disk(directory: Path, needed: int) -> None:
+    """Raise EngineError when the disk of ``directory`` has less space."""
+    place = next(folder for folder in directory.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise EngineError(
+            f"the engine needs about {_mib(needed)} of disk space, but {place} has {_mib(free)}. Free some, or set "
+            "FSTQ_CACHE to a directory on another disk."
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def _texts(kind: type[Any], data: Mapping[str, Any]) -> Any:
+    """A dataclass from JSON; its fields are texts, or made already."""
+    values = {item.name: data[item.name] for item in fields(kind)}
+    for name, value in values.items():
+        if not isinstance(value, (str, Cpu)):
+            raise TypeError(f"{name} is no text")
+    return kind(**values)

@@ -1,0 +1,111 @@
+"""Does an engine compute what its bundle does? The same token batches through both, one after the other in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fstq_infer.bundle import ModelInfo
+from fstq_infer.errors import ParityError
+from fstq_infer.runtime.engine import Engine, Float32, Int64, Stage
+from fstq_infer.runtime.options import keep_counts, keep_ratios
+
+TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}  # in units of the logits' deviation, where above 1
+LONG, SHORT, SMALL_MODEL = 96, 32, 50_000_000  # tokens of a prefill; parameters up to which it is the long one
+DECODE_STEPS = 4
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A left-padded batch: texts with the tokens that are decoded after them, and how many of each row to keep."""
+
+    name: str
+    rows: tuple[Int64, ...]
+    keep: Int64
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Logits of prefill and each decode step, and the kept indices of the prefill."""
+
+    logits: tuple[Float32, ...]
+    kept: tuple[Int64, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """Largest logits difference over all cases, in the unit of ``tolerance``; the cases; longest prefill in tokens."""
+
+    difference: float
+    tolerance: float
+    cases: tuple[str, ...]
+    tokens: int
+
+
+def cases(model: ModelInfo, stages: Sequence[Stage]) -> list[Case]:
+    """Seeded random tokens: dense, pruned where there are stages, and a padded batch of two."""
+    forced = max((stage.sink + stage.window for stage in stages), default=0)
+    length = LONG if model.parameters <= SMALL_MODEL else SHORT
+    length = max(1, min(max(length, 2 * forced), model.max_positions - DECODE_STEPS))
+    rng = np.random.default_rng(SEED)
+    half = keep_ratios(0.5, stages) if stages else ()
+
+    def make(name: str, lengths: Sequence[int], ratios: Sequence[float]) -> Case:
+        rows = tuple(rng.integers(0, model.vocab_size, n + DECODE_STEPS, np.int64) for n in lengths)
+        keep = [keep_counts(n, ratios, stages) for n in lengths]
+        return Case(name, rows, np.array(keep, np.int64).reshape(len(lengths), len(stages)))
+
+    made = [make("dense", [length], [1.0] * len(stages))]
+    if stages:
+        made.append(make("pruned", [length], half))
+    made.append(make("padded batch", [length, max(1, length * 2 // 3)], half))
+    return made
+
+
+def run(engine: Engine, made: Sequence[Case]) -> list[Output]:
+    """What an engine makes of the cases."""
+    outputs = []
+    for case in made:
+        lengths = [len(row) - DECODE_STEPS for row in case.rows]
+        ids = np.zeros((len(lengths), max(lengths)), np.int64)
+        positions = np.full_like(ids, -1)
+        for row, (tokens, length) in enumerate(zip(case.rows, lengths, strict=True)):
+            ids[row, -length:] = tokens[:length]
+            positions[row, -length:] = np.arange(length)
+        step = engine.forward(ids, positions, case.keep, engine.empty_cache(len(lengths)))
+        kept, logits = step.kept, [step.logits]
+        for number in range(DECODE_STEPS):
+            ids = np.array([[tokens[length + number]] for tokens, length in zip(case.rows, lengths, strict=True)])
+            positions = np.array([[length + number] for length in lengths], np.int64)
+            step = engine.forward(ids, positions, np.ones_like(case.keep), step.cache)
+            logits.append(step.logits)
+        outputs.append(Output(tuple(logits), kept))
+    return outputs
+
+
+def compare(made: Sequence[Case], expected: Sequence[Output], found: Sequence[Output], dtype: str) -> Parity:
+    """Raises ParityError, naming case and step, where kept indices differ or logits differ by more than allowed."""
+    allowed, worst = TOLERANCE[dtype], 0.0
+    advice = "Nothing was kept. Please report the model and these versions; another onnxruntime version may do better."
+    for case, one, other in zip(made, expected, found, strict=True):
+        for stage, (ours, theirs) in enumerate(zip(one.kept, other.kept, strict=True), 1):
+            if not np.array_equal(ours, theirs):
+                count = ours.size if ours.shape != theirs.shape else int((ours != theirs).sum())
+                raise ParityError(
+                    f"the engine keeps other tokens than its bundle's graph: {case.name}, stage {stage}, {count} of "
+                    f"{ours.size} indices differ. {advice}"
+                )
+        for number, (want, have) in enumerate(zip(one.logits, other.logits, strict=True)):
+            difference = float(np.abs(want - have).max()) / max(1.0, float(want.std()))
+            if not difference <= allowed:  # NaN too
+                step = f"decode step {number}" if number else "prefill"
+                raise ParityError(
+                    f"the engine computes other logits than its bundle's graph: {case.name}, {step}: difference "
+                    f"{difference:.3g}, allowed {allowed:g}. {advice}"
+                )
+            worst = max(worst, difference)
+    tokens = max(len(row) - DECODE_STEPS for case in made for row in case.rows)
+    return Parity(worst, allowed, tuple(case.name for case in made), tokens)

@@ -1,0 +1,52 @@
+"""From a bundle to a loaded engine, by the name of a backend. Knows where the parts are, and imports them when asked."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from fstq_infer.bundle import Bundle
+from fstq_infer.errors import OptionError
+from fstq_infer.lazy import load
+from fstq_infer.runtime.engine import Engine
+
+# name -> (builder of an engine directory, class that loads it, extra that installs the backend)
+BACKENDS = {
+    "ort": ("fstq_engines.ort:build", "fstq_infer.runtime.ort:OrtEngine", "ort"),
+}
+
+
+def build_engine(
+    bundle: Bundle,
+    backend: str = "ort",
+    directory: Path | None = None,
+    threads: int | None = None,
+    force: bool = False,
+) -> Path:
+    """The bundle's engine directory, built and checked where there is none yet, which can take minutes.
+
+    directory: the engine's own; default: one in the user's cache. Raises OptionError for an unknown backend, and what
+    the backend's builder raises.
+    """
+    if backend not in BACKENDS:
+        close = difflib.get_close_matches(backend, BACKENDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the backends are {', '.join(BACKENDS)}"
+        raise OptionError(f"there is no backend {backend!r}; {hint}")
+    builder, _, extra = BACKENDS[backend]
+    build = load(builder, f"backend {backend!r}", extra)
+    built: Path = build(bundle, directory=directory, threads=threads, force=force)
+    return built
+
+
+def open_engine(
+    bundle: Bundle,
+    backend: str = "ort",
+    directory: Path | None = None,
+    threads: int | None = None,
+    provider: str = "cpu",
+) -> Engine:
+    """Load the bundle's engine, after :func:`build_engine`. Raises also what the backend's class raises."""
+    path = build_engine(bundle, backend, directory, threads)
+    _, loader, extra = BACKENDS[backend]
+    engine: Engine = load(loader, f"backend {backend!r}", extra)(path, bundle, threads=threads, provider=provider)
+    return engine

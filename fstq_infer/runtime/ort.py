@@ -1,0 +1,294 @@
+"""The ONNX Runtime backend: a graph of contract 1 behind the engine protocol. Knows no cache of engines and no text.
+
+Keys and values stay OrtValues from call to call: what comes out as ``present.*`` goes in again as ``past_*``, on the
+device it lies on, and is never seen as an array. Only ids, positions, logits and kept indices are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fstq_infer.bundle import Bundle
+from fstq_infer.errors import EngineError, MissingExtraError, OptionError
+from fstq_infer.runtime.engine import Int64, Stage, Step
+
+MODEL = "model.onnx"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+Port = tuple[tuple[str, ...], int]  # accepted types, and rank
+INDICES: Port = (("tensor(int64)",), 2)
+LOGITS: Port = (("tensor(float)", "tensor(float16)"), 3)
+CACHED: Port = ((*LOGITS[0], "tensor(bfloat16)"), 4)  # NumPy has no bfloat16, but nobody looks into a cache
+EMPTY: dict[str, tuple[type[np.generic], int]] = {  # a NumPy type of that size, and TensorProto.DataType
+    "tensor(int64)": (np.int64, 7),
+    "tensor(float)": (np.float32, 1),
+    "tensor(float16)": (np.float16, 10),
+    "tensor(bfloat16)": (np.uint16, 16),
+}
+ERRORS_ONLY = 3
+
+
+@dataclass(frozen=True, slots=True)
+class OrtCache:
+    """OrtValues: positions of each group, then key and value of each layer. ``session`` must outlive them."""
+
+    batch: int
+    values: tuple[Any, ...] = field(repr=False)
+    groups: int = field(repr=False)
+    session: Any = field(repr=False)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by keys and values."""
+        return sum(value.tensor_size_in_bytes() for value in self.values[self.groups :])
+
+
+class OrtEngine:
+    """One session over ``directory``/model.onnx.
+
+    The graph is run as it is on the CPU: an engine directory holds it optimised already, a bundle's own directory
+    does not (that is the reference an engine is compared with). On CUDA, ONNX Runtime optimises it while loading.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], bundle: Bundle, *, threads: int | None = None, provider: str = "cpu"
+    ) -> None:
+        """threads: within one operator; default: physical cores this process may use. provider: "cpu" or "cuda".
+
+        Raises MissingExtraError without onnxruntime, OptionError for an option, EngineError for a graph that cannot
+        be loaded or is not of contract 1, and for CUDA where ONNX Runtime would silently use the CPU.
+        """
+        self._ort = import_onnxruntime()
+        model = bundle.manifest.model
+        self._stages, self._vocab, self._positions = bundle.manifest.stages, model.vocab_size, model.max_positions
+        path = Path(directory, MODEL)
+        self._session = _open(self._ort, path, threads, provider)
+        inputs, outputs = contract(model.layers, len(self._stages))
+        _check(path, self._session, inputs, outputs, len(self._stages), self._vocab)
+        self._feeds, self._fetches = list(inputs), list(outputs)
+        self._fixed = 2 + bool(self._stages)  # ids, positions and keep; the cache follows
+        self._groups = len(self._stages) + 1
+        self._options = self._ort.RunOptions()
+        self._options.log_severity_level = ERRORS_ONLY
+        native = _native(self._ort)
+        self._vector, self._value = native.OrtValueVector, native.OrtValue
+        self._cpu = self._ort.OrtDevice.make("cpu", 0)._get_c_device()
+        where = self._ort.OrtDevice.make(provider, 0)._get_c_device()
+        cached = 2 * model.layers + self._groups
+        self._devices = [self._cpu] * (len(outputs) - cached) + [where] * cached
+        self._shapes = [(i.type, i.shape) for i in _named(self._session.get_inputs(), self._feeds[self._fixed :])]
+        self._empty: dict[int, OrtCache] = {}
+        self._arrays: list[Any] = []
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The graph's pruning stages, in layer order."""
+        return self._stages
+
+    @property
+    def max_positions(self) -> int:
+        """Longest context in tokens, generated ones included."""
+        return self._positions
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._vocab
+
+    def empty_cache(self, batch: int) -> OrtCache:
+        """A cache without tokens for ``batch`` rows; the same object for the same number of rows."""
+        if batch < 1:
+            raise EngineError(f"a cache for {batch} rows is not possible; expected at least one row")
+        if batch not in self._empty:
+            made: dict[tuple[Any, ...], Any] = {}  # layers of one shape share one value
+            values = []
+            for kind, shape in self._shapes:
+                full = (kind, batch, *shape[1:2], 0, *shape[3:]) if len(shape) == 4 else (kind, batch, 0)
+                if full not in made:
+                    array = np.empty(full[1:], EMPTY[kind][0])
+                    self._arrays.append(array)  # an OrtValue made by ONNX Runtime would have no address: 1.23 minds
+                    made[full] = self._value.ortvalue_from_numpy_with_onnx_type(array, EMPTY[kind][1])
+                values.append(made[full])
+            self._empty[batch] = OrtCache(batch, tuple(values), self._groups, self._session)
+        return self._empty[batch]
+
+    def forward(self, input_ids: Int64, position_ids: Int64, keep: Int64, cache: Any) -> Step:
+        """Run one call: ids and positions (batch, sequence), keep (batch, stages); see docs/bundle-format.md.
+
+        Raises EngineError for shapes that do not fit together, and for what ONNX Runtime reports.
+        """
+        if not isinstance(cache, OrtCache) or cache.session is not self._session:
+            raise EngineError("the cache is not of this engine; begin with the engine's own empty_cache()")
+        batch, stages = cache.batch, len(self._stages)
+        shape = (batch, *input_ids.shape[1:])
+        if len(shape) != 2 or shape[1] < 1 or input_ids.shape != shape or position_ids.shape != shape:
+            raise EngineError(
+                f"input_ids {input_ids.shape} and position_ids {position_ids.shape} do not fit a cache of {batch} "
+                f"rows; expected ({batch}, sequence) twice"
+            )
+        if keep.shape != (batch, stages):
+            raise EngineError(f"keep has the shape {keep.shape}, expected {(batch, stages)}: rows, pruning stages")
+        arrays = [np.ascontiguousarray(array, np.int64) for array in (input_ids, position_ids, keep)[: self._fixed]]
+        feeds, fetched = self._vector(), self._vector()
+        feeds.reserve(len(self._feeds))
+        for array in arrays:  # not copied; they live until this call returns
+            feeds.push_back(self._value.ortvalue_from_numpy(array, self._cpu))
+        for value in cache.values:
+            feeds.push_back(value)
+        try:
+            self._session.run_with_ortvaluevector(
+                self._options, self._feeds, feeds, self._fetches, fetched, self._devices
+            )
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise EngineError(f"ONNX Runtime failed on {batch} x {shape[1]} tokens: {brief(error)}") from error
+        values = tuple(fetched)
+        logits = values[0].numpy().astype(np.float32, copy=False).reshape(batch, -1)
+        kept = tuple(value.numpy() for value in values[1 : self._groups])
+        return Step(logits, kept, OrtCache(batch, values[self._groups :], self._groups, self._session))
+
+
+def contract(layers: int, stages: int) -> tuple[dict[str, Port], dict[str, Port]]:
+    """Inputs and outputs of graph contract 1 by name; those of the cache come last, in the same order."""
+    cached = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    inputs = dict.fromkeys(["input_ids", "position_ids", *["keep"] * bool(stages)], INDICES)
+    inputs |= {f"past_positions.{group}": INDICES for group in range(stages + 1)}
+    inputs |= {f"past_key_values.{name}": CACHED for name in cached}
+    outputs = {"logits": LOGITS} | {f"kept_indices.{group}": INDICES for group in range(1, stages + 1)}
+    outputs |= {f"present_positions.{group}": INDICES for group in range(stages + 1)}
+    outputs |= {f"present.{name}": CACHED for name in cached}
+    return inputs, outputs
+
+
+def import_onnxruntime() -> ModuleType:
+    """The module; raises MissingExtraError where it is not installed, EngineError where it does not load."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("The ONNX Runtime backend", error.name or "onnxruntime", "ort") from error
+    except ImportError as error:
+        raise EngineError(f"onnxruntime is installed but does not load: {error}. Install it again.") from error
+    module: ModuleType = onnxruntime
+    return module
+
+
+def session_options(threads: int | None) -> Any:
+    """SessionOptions for this engine's sessions. Raises OptionError for a bad number of threads."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise OptionError(f"threads={threads!r} is not accepted; expected a whole number >= 1")
+    options = import_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = threads or physical_cores()
+    options.log_severity_level = ERRORS_ONLY
+    return options
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may run on; hyperthreads of one core count once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+def _open(ort: ModuleType, path: Path, threads: int | None, provider: str) -> Any:
+    if provider not in PROVIDERS:
+        close = difflib.get_close_matches(provider, PROVIDERS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(PROVIDERS)}"
+        raise OptionError(f"there is no provider {provider!r} for ONNX Runtime; {hint}")
+    wanted, options, level = PROVIDERS[provider], session_options(threads), ort.GraphOptimizationLevel
+    if wanted not in ort.get_available_providers():
+        raise EngineError(
+            f"onnxruntime {ort.__version__} has no {wanted}, only {', '.join(ort.get_available_providers())}. Install "
+            "a build with CUDA: pip uninstall onnxruntime, then pip install 'fstq-infer[ort-gpu]'."
+        )
+    options.graph_optimization_level = level.ORT_DISABLE_ALL if provider == "cpu" else level.ORT_ENABLE_ALL
+    providers = list(dict.fromkeys([wanted, PROVIDERS["cpu"]]))
+    try:  # enable_fallback would print, and go on with the CPU
+        session = ort.InferenceSession(os.fspath(path), options, providers=providers, enable_fallback=0)
+    except Exception as error:
+        raise EngineError(f"{path} cannot be loaded by onnxruntime {ort.__version__}: {brief(error)}") from error
+    if wanted not in session.get_providers():
+        raise EngineError(
+            f"ONNX Runtime fell back to {', '.join(session.get_providers())}: {wanted} could not be started. Check the "
+            "CUDA and cuDNN libraries with 'fstq doctor', or use the provider 'cpu'."
+        )
+    return session
+
+
+def _native(ort: ModuleType) -> Any:
+    """ONNX Runtime's native types: its Python wrappers around them cost a third of a millisecond for 24 layers."""
+    from onnxruntime.capi import onnxruntime_pybind11_state
+
+    return onnxruntime_pybind11_state
+
+
+def _named(found: Any, names: list[str]) -> list[Any]:
+    by_name = {item.name: item for item in found}
+    return [by_name[name] for name in names]
+
+
+def _check(
+    path: Path,
+    session: Any,
+    inputs: Mapping[str, Port],
+    outputs: Mapping[str, Port],
+    stages: int,
+    vocabulary: int,
+) -> None:
+    """Raises EngineError that names what differs from graph contract 1."""
+    wrong = []
+    for what, found, expected in (
+        ("input", session.get_inputs(), inputs),
+        ("output", session.get_outputs(), outputs),
+    ):
+        by_name = {item.name: item for item in found}
+        wrong += [f"{what} {name} is missing" for name in expected if name not in by_name]
+        wrong += [f"{what} {name} is not expected" for name in by_name if name not in expected]
+        for name, (types, rank) in expected.items():
+            item = by_name.get(name)
+            if item is not None and (item.type not in types or len(item.shape) != rank):
+                accepted = " or ".join(types)
+                wrong.append(f"{what} {name} is {item.type} {item.shape}, expected {accepted} of rank {rank}")
+    if not wrong:
+        wrong += _check_sizes(session, inputs, outputs, stages, vocabulary)
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise EngineError(
+            f"{path} does not follow graph contract 1 as its manifest describes it ({stages} pruning stages): "
+            f"{'; '.join(wrong[:5])}{more}. Export the model again."
+        )
+
+
+def _check_sizes(
+    session: Any, inputs: Mapping[str, Port], outputs: Mapping[str, Port], stages: int, vocabulary: int
+) -> list[str]:
+    """What is wrong with the dimensions that have to be known beforehand, and with the types of the cache."""
+    ins, outs = _named(session.get_inputs(), list(inputs)), _named(session.get_outputs(), list(outputs))
+    fixed, wrong = 2 + bool(stages), []
+    for past, present in zip(ins[fixed:], outs[stages + 1 :], strict=True):
+        if past.type != present.type:
+            wrong.append(f"output {present.name} is {present.type}, but input {past.name} is {past.type}")
+        if len(past.shape) == 4 and not all(isinstance(past.shape[i], int) and past.shape[i] > 0 for i in (1, 3)):
+            wrong.append(f"input {past.name} is {past.shape}, expected fixed numbers of heads and of their width")
+    for item, expected in ((ins[2], stages),) * bool(stages) + ((outs[0], vocabulary),):
+        if isinstance(item.shape[-1], int) and item.shape[-1] != expected:
+            wrong.append(f"{item.name} is {item.shape}, expected {expected} columns")
+    return wrong
+
+
+def brief(error: Exception) -> str:
+    """ONNX Runtime's message in one line, without what is in the middle of a long one: the reason comes last."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 600 else f"{text[:150]} ... {text[-440:]}"

@@ -1,0 +1,137 @@
+"""What the distribution promises as a whole: its contents, its import cost, one-way imports, and the CLI from a real wheel."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "onnxruntime", "transformers", "flwr")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel; install the 'dev' extra")
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+def test_wheel_top_level_is_exactly_the_three_packages(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.split("/")[0] for name in archive.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fstq_infer", "fstq_export", "fstq_engines"}
+
+
+def test_installed_wheel_runs_export(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
+    transformers = pytest.importorskip("transformers")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    from tests.export.families import save_tokenizer
+
+    config = transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    # Only the unpacked wheel, not the editable checkout, may provide the packages: -P and an emptied sys.path entry do that.
+    code = (
+        "import sys; sys.path[:0] = [sys.argv.pop(1)]; "
+        "sys.path = [p for p in sys.path if 'main' not in p or 'site' in p]; "
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; "
+        "import fstq_infer.cli, fstq_infer; assert 'site' in fstq_infer.__file__; fstq_infer.cli.main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(site), "export", str(tmp_path / "model"), "--out", str(tmp_path / "b")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "b" / "manifest.json").is_file()
+
+
+def test_no_package_named_jetson() -> None:
+    assert not (ROOT / "jetson" / "__init__.py").exists()
+
+
+def test_import_is_light() -> None:
+    code = f"import sys, time; t = time.perf_counter(); import fstq_infer; print(time.perf_counter() - t, [m for m in {HEAVY!r} if m in sys.modules])"
+    outputs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    ]
+    assert min(float(output.split()[0]) for output in outputs) < 0.3
+    assert all(output.split(" ", 1)[1].strip() == "[]" for output in outputs)
+
+
+@pytest.mark.parametrize("command", ["export", "build", "run", "chat", "bench", "demo"])
+def test_help_is_light_and_has_an_example(command: str) -> None:
+    code = (
+        "import sys, contextlib\nfrom fstq_infer.cli import app\n"
+        "with contextlib.suppress(SystemExit): app([sys.argv[1], '--help'])\n"
+        f"print('LOADED', [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, command],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert "Example: fstq " + command in done.stdout
+    assert "LOADED []" in done.stdout
+
+
+def _imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize(
+    ("folder", "banned"),
+    [
+        ("fstq_infer", {"fstq_export", "fstq_engines", "pickle"}),
+        ("export/fstq_export", {"fstq_engines", "pickle"}),
+        ("engines/fstq_engines", {"fstq_export", "pickle", "torch", "transformers"}),
+        ("fstq_infer/runtime", {"torch", "transformers", "onnx", "onnx_ir"}),
+    ],
+)
+def test_imports_run_one_way(folder: str, banned: set[str]) -> None:
+    found = {str(path): _imports(path) & banned for path in (ROOT / folder).rglob("*.py")}
+    assert found
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_no_asserts_or_prints_outside_tests() -> None:
+    allowed_print = {"train.py"}
+    bad = []
+    for folder in ("fstq_infer", "export", "engines"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Assert):
+                    bad.append(f"{path}:{node.lineno} assert")
+                called = node.func if isinstance(node, ast.Call) else None
+                if isinstance(called, ast.Name) and called.id == "print" and path.name not in allowed_print:
+                    bad.append(f"{path}:{node.lineno} print")
+    assert bad == []
