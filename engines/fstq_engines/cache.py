@@ -15,23 +15,23 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fstq_infer.atomic import sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
 from fstq_infer.errors import EngineError, EngineMismatchError
+from fstq_infer.manifest import GRAPH_CONTRACT
 
 try:
     import fcntl
 except ImportError:  # outside POSIX builds are not serialised
     fcntl = None  # type: ignore[assignment]
 
-FORMAT, VERSION, SIDECAR = "fstq-engine", 1, "engine.json"
+FORMAT, LAYOUT, SIDECAR = "fstq-engine", 1, "engine.json"
 SIDECAR_CAP = 1 << 20
 PARTIAL = re.compile(r"\.[0-9a-f]{20}\.partial-[0-9]+")  # of a key, see fstq_infer/atomic.py
-GRAPH_CONTRACT = 1  # docs/bundle-format.md
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
@@ -62,13 +62,13 @@ class Identity:
 
     bundle_sha256: str
     backend: str
-    backend_version: str
+    version: str
     cpu: Cpu
 
     @property
     def key(self) -> str:
         """Short name of the engine's directory."""
-        parts = (self.bundle_sha256, self.backend, self.backend_version, self.cpu.sha256, GRAPH_CONTRACT, VERSION)
+        parts = (self.bundle_sha256, self.backend, self.version, self.cpu.sha256, GRAPH_CONTRACT, LAYOUT)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
@@ -85,7 +85,21 @@ class Sidecar:
 
     def to_json(self) -> str:
         """The file's text."""
-        data = {"format": FORMAT, "version": VERSION, "key": self.identity.key, **asdict(self)}
+        data = {
+            "format": FORMAT,
+            "layout": LAYOUT,
+            "key": self.identity.key,
+            "backend": self.identity.backend,
+            "version": self.identity.version,
+            "machine": self.identity.cpu.description,
+            "cpu_sha256": self.identity.cpu.sha256,
+            "bundle_sha256": self.identity.bundle_sha256,
+            "bundle_path": self.bundle_path,
+            "files": {name: asdict(entry) for name, entry in self.files.items()},
+            "build_seconds": self.build_seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "parity": dict(self.parity),
+        }
         return json.dumps(data, indent=2) + "\n"
 
     @classmethod
@@ -95,23 +109,27 @@ class Sidecar:
         try:
             with path.open("rb") as file:
                 data = json.loads(file.read(SIDECAR_CAP))
-            if (data["format"], data["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"format {data['format']!r} version {data['version']!r}, expected {FORMAT} {VERSION}")
-            identity = _texts(Identity, data["identity"] | {"cpu": _texts(Cpu, data["identity"]["cpu"])})
-            files = {str(name): FileEntry(int(e["bytes"]), str(e["sha256"])) for name, e in data["files"].items()}
-            if any(Path(name).name != name for name in files):
-                raise ValueError("a file outside the engine's directory")
+            if (data["format"], data["layout"]) != (FORMAT, LAYOUT):
+                raise ValueError(f"format {data['format']!r}, layout {data['layout']!r}, expected {FORMAT!r}, {LAYOUT}")
+            files = {name: FileEntry(int(e["bytes"]), str(e["sha256"])) for name, e in data["files"].items()}
+            if not files or any(Path(name).name != name for name in files):
+                raise ValueError("no files, or a file outside the engine's directory")
             return cls(
-                identity,
-                str(data["bundle_path"]),
-                files,
-                float(data["build_seconds"]),
-                int(data["peak_rss_bytes"]),
-                dict(data["parity"]),
+                identity=Identity(
+                    bundle_sha256=str(data["bundle_sha256"]),
+                    backend=str(data["backend"]),
+                    version=str(data["version"]),
+                    cpu=Cpu(str(data["machine"]), str(data["cpu_sha256"])),
+                ),
+                bundle_path=str(data["bundle_path"]),
+                files=files,
+                build_seconds=float(data["build_seconds"]),
+                peak_rss_bytes=int(data["peak_rss_bytes"]),
+                parity=dict(data["parity"]),
             )
         except OSError as error:
             raise EngineError(f"{directory} holds no engine: {error}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise EngineError(f"{path} is damaged: {type(error).__name__} {error}.") from error
 
     def verify(self, directory: Path, checksums: bool = False) -> None:
@@ -130,7 +148,7 @@ class Sidecar:
     def require(self, wanted: Identity, directory: Path, bundle: Bundle) -> None:
         """Raise EngineMismatchError, naming both sides and the command that rebuilds, unless the identity is this."""
         have = self.identity
-        backends = [f"{side.backend} {side.backend_version}" for side in (have, wanted)]
+        backends = [f"{side.backend} {side.version}" for side in (have, wanted)]
         cpus = [f"{side.cpu.description} ({side.cpu.sha256[:12]})" for side in (have, wanted)]
         differing = [
             f"{what} was {built}, now it is {now}"
@@ -154,10 +172,10 @@ class Sidecar:
 
 
 def rebuild_command(bundle: Bundle, directory: Path, identity: Identity) -> str:
-    """The command line that replaces the engine in ``directory``."""
+    """The command line that builds anew; it writes into the cache."""
     command = f"fstq build {shlex.quote(str(bundle.path))} --force"
-    own = directory.absolute() == default_directory(identity).absolute()
-    return command if own else f"{command} --directory {shlex.quote(str(directory))}"
+    cached = directory.absolute() == default_directory(identity)
+    return command if cached else f"{command} (which builds into the cache, not into {directory})"
 
 
 def engines_root() -> Path:
@@ -231,12 +249,3 @@ def require_disk(directory: Path, needed: int) -> None:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
-
-
-def _texts(kind: type[Any], data: Mapping[str, Any]) -> Any:
-    """A dataclass from JSON; its fields are texts, or made already."""
-    values = {item.name: data[item.name] for item in fields(kind)}
-    for name, value in values.items():
-        if not isinstance(value, (str, Cpu)):
-            raise TypeError(f"{name} is no text")
-    return kind(**values)

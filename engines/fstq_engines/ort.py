@@ -34,11 +34,6 @@ Progress = Callable[[str], None]
 _log = logging.getLogger(__name__)
 
 
-def build_or_reuse(bundle: Bundle, directory: Path | None = None, threads: int | None = None) -> Path:
-    """The engine of ``bundle``, built where there is none yet; the log tells its steps. Raises what ``build`` does."""
-    return build(bundle, directory=directory, threads=threads, progress=_log.info)
-
-
 def build(
     bundle: Bundle,
     *,
@@ -51,8 +46,8 @@ def build(
     """Build an engine, or reuse a whole one that is there; returns its directory.
 
     directory: the engine's own; default: one in the cache, see ``fstq_engines.cache``. force: build in any case.
-    threads: for building. progress: told each step. checksums: look into the files of an engine that is there, not
-    only at their sizes. A damaged engine is built again.
+    threads: for building. progress: told each step; default: the log. checksums: of an engine that is there, check not
+    only the sizes of its files but also their content. A damaged engine is built again.
 
     Raises EngineMismatchError when ``directory`` holds an engine for something else, ParityError when the new engine
     computes something else than the bundle, EngineError for lack of memory or disk, BundleError for a bad bundle.
@@ -65,7 +60,7 @@ def build(
         if directory is None and target.is_dir() and not (target / SIDECAR).exists():
             _log.warning("%s has lost its %s; the engine is built again", target, SIDECAR)
             shutil.rmtree(target)  # the cache is ours; another directory without a sidecar is not touched
-        _build(bundle, wanted, target, threads, progress or (lambda step: None))
+        _build(bundle, wanted, target, threads, progress or _log.info)
     return target
 
 

@@ -32,13 +32,21 @@ def build_graph(source: Source, dtype: str, stages: Sequence[PruneStage]) -> ir.
             package = mobius_build(
                 str(source.folder), task="text-generation", dtype=DTYPES[dtype], execution_provider="onnx-standard"
             )
-        model = package["model"]
+        model: ir.Model = package["model"]
     except Exception as error:  # the exporter raises whatever its model code meets; all of it means: not this model
         raise UnsupportedModelError(
             f"{source.architecture} ({source.config.model_type}) cannot be built: {error}"
         ) from error
-    tied = bool(getattr(source.config, "tie_word_embeddings", False))
-    rotary = RotaryTables(rotary_module(source.config), getattr(source.config, "layer_types", None))
+    config = source.config
+    missing = sorted(name for name, value in model.graph.initializers.items() if value.const_value is None)
+    if missing:
+        raise UnsupportedModelError(
+            f"{source.architecture} ({config.model_type}): the exporter's graph has {len(missing)} weights that the "
+            f"checkpoint does not hold, such as {missing[0]}; this variant of the model is not supported"
+        )
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    layer_types = getattr(config, "layer_types", None)
+    rotary = RotaryTables(rotary_module(config), layer_types, int(config.max_position_embeddings))
     passes = (
         rotary,
         KeyPositions(source.windows),

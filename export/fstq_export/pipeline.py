@@ -285,7 +285,10 @@ class Export:
             ),
             stages=tuple(s.stage for s in stages),
             pruning=Pruning(
-                keep if stages else 1.0, calibration.score if calibration else "window", calibration is not None, contract
+                keep if stages else 1.0,
+                calibration.score if calibration else "window",
+                calibration is not None,
+                contract,
             ),
             generation=source.generation_defaults(model),
             provenance=Provenance(

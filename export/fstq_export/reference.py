@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from fstq_export.source import Source
+from fstq_infer.errors import ExportError, UnsupportedModelError
 from fstq_infer.fisher.hooks import Decoder
 
 STREAM_ABOVE = 256 << 20  # bytes of weights in float32
@@ -32,23 +33,28 @@ def quiet() -> Iterator[None]:
 
 
 def skeleton(config: Any) -> torch.nn.Module:
-    """The model without weights (meta device); small buffers are real."""
-    with init_empty_weights(include_buffers=False), quiet():
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    """The model without weights (meta device); small buffers are real. Raises UnsupportedModelError."""
+    try:
+        with init_empty_weights(include_buffers=False), quiet():
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except Exception as error:  # whatever the model code meets in a configuration it does not expect
+        raise UnsupportedModelError(
+            f"{config.model_type}: Transformers cannot build this model from its configuration ({error})"
+        ) from error
     return model
 
 
 def rotary_module(config: Any) -> torch.nn.Module | None:
     """The model's rotary embedding module, if it has one."""
-    for name, module in skeleton(config).named_modules():
-        if name.endswith("rotary_emb"):
-            return module
-    return None
+    modules = dict(skeleton(config).named_modules())
+    return next((module for name, module in modules.items() if name.endswith("rotary_emb")), None)
 
 
 def parameter_count(config: Any) -> int:
     """Number of weights, tied ones once."""
-    return sum(p.numel() for p in skeleton(config).parameters())
+    model: Any = skeleton(config)
+    model.tie_weights()
+    return sum(p.numel() for p in model.parameters())
 
 
 def _device_map(config: Any) -> dict[str, str]:
@@ -72,7 +78,7 @@ def _device_map(config: Any) -> dict[str, str]:
 
 @contextmanager
 def reference(source: Source, stream: bool | None = None) -> Iterator[Decoder]:
-    """The float32 model with eager attention and frozen weights.
+    """The float32 model with eager attention and frozen weights. Raises ExportError where they cannot be read.
 
     stream: keep the decoder layers on disk and load each as it runs, so that memory stays near one layer; default: when
     the weights exceed 256 MiB. A streamed model serves forward passes only.
@@ -88,5 +94,15 @@ def reference(source: Source, stream: bool | None = None) -> Iterator[Decoder]:
         }
         if stream:
             options |= {"device_map": _device_map(source.config), "offload_folder": offload}
-        model = AutoModelForCausalLM.from_pretrained(source.folder, config=source.config, **options)
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source.folder, config=source.config, output_loading_info=True, **options
+            )
+        except Exception as error:  # safetensors, the file system and Transformers each have errors of their own
+            raise ExportError(f"{source.name}: the weights cannot be read ({error})") from error
+        if missing := sorted(found["missing_keys"]):
+            raise ExportError(
+                f"{source.name}: the checkpoint lacks {len(missing)} weights of {source.architecture}, such as "
+                f"{missing[0]}; Transformers would fill them with random numbers. Save the whole model first"
+            )
         yield Decoder.of(model.eval().requires_grad_(False))

@@ -1,7 +1,7 @@
 """Running a written graph piece by piece: embedding, each decoder layer, each pruning stage, head.
 
-One small ONNX Runtime session at a time, weights mapped from the file they were written to: memory stays near the largest piece,
-and a wrong layer is found by name. The engine's own parity check covers the whole graph at once.
+One small ONNX Runtime session at a time, weights mapped from the file they were written to: memory stays near the
+largest piece, and a wrong layer is found by name. The engine's own parity check covers the whole graph at once.
 """
 
 from __future__ import annotations
@@ -17,20 +17,28 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
-from fstq_export.passes.scope import OURS, layer_of
+from fstq_export.passes.scope import OURS, attention_nodes, layer_of
 
 Array = NDArray[np.generic]
 HEAD, TAIL = "embedding", "head"
 
 
+class SegmentError(RuntimeError):
+    """ONNX Runtime cannot load or run a piece; the message names it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of nodes; ``label`` is 'embedding', 'layer N', 'stage N' or 'head'."""
+    """A run of nodes; ``label`` is 'embedding', 'layer N', 'stage N' or 'head'.
+
+    residual: name of the one output that a decoder layer hands on to the next, None elsewhere.
+    """
 
     label: str
     nodes: tuple[ir.Node, ...]
     inputs: tuple[ir.Value, ...]
     outputs: tuple[ir.Value, ...]
+    residual: str | None = None
 
 
 def split(graph: ir.Graph) -> list[Segment]:
@@ -49,6 +57,7 @@ def split(graph: ir.Graph) -> list[Segment]:
     order = list(dict.fromkeys([HEAD, *labels.values()]))
     order = [label for label in order if label != TAIL] + [TAIL]
     outputs = set(graph.outputs)
+    probed = {value for node in attention_nodes(graph).values() for value in node.inputs[:2]}  # stages read them too
     segments = []
     for label in order:
         nodes = tuple(node for node, mine in labels.items() if mine == label)
@@ -59,7 +68,9 @@ def split(graph: ir.Graph) -> list[Segment]:
                 if value is not None and value not in inside and not value.is_initializer():
                     reads[value] = None
         gives = [v for v in inside if v in outputs or any(labels[use.node] != label for use in v.uses())]
-        segments.append(Segment(label, nodes, tuple(reads), tuple(sorted(gives, key=lambda v: str(v.name)))))
+        on = [v.name for v in gives if v not in outputs and v not in probed]
+        residual = on[0] if label.startswith("layer ") and len(on) == 1 else None
+        segments.append(Segment(label, nodes, tuple(reads), tuple(sorted(gives, key=lambda v: str(v.name))), residual))
     return segments
 
 
@@ -70,10 +81,12 @@ def _cached(name: str) -> str | None:
     return name.replace("past_", "present_", 1) if name.startswith("past_positions.") else None
 
 
-def run(folder: Path, model: str, calls: Sequence[Mapping[str, Array]]) -> Iterator[tuple[str, list[dict[str, Array]]]]:
-    """Run consecutive calls of one cache through all segments; yields (label, outputs of each call) as segments finish.
+def run(
+    folder: Path, model: str, calls: Sequence[Mapping[str, Array]]
+) -> Iterator[tuple[Segment, list[dict[str, Array]]]]:
+    """Run consecutive calls of one cache through all segments; yields (segment, outputs of each call) as they finish.
 
-    calls: graph inputs by name, without the cache. The caches start empty.
+    calls: graph inputs by name, without the cache. The caches start empty. Raises SegmentError.
     """
     loaded = ir.load(folder / model)
     ShapeInferencePass()(loaded)  # a piece's inputs need their types
@@ -82,23 +95,30 @@ def run(folder: Path, model: str, calls: Sequence[Mapping[str, Array]]) -> Itera
     known: list[dict[str, Array]] = [dict(call) for call in calls]
     batch = len(next(iter(calls[0].values())))
     for number, segment in enumerate(segments):
-        session = _session(folder, loaded, segment)
-        shapes = {i.name: (i.shape, i.type) for i in session.get_inputs()}
-        names = [o.name for o in session.get_outputs()]
-        cache = {name: _empty(batch, *shapes[name]) for name in shapes if _cached(name)}
-        results = []
-        for values in known:
-            feeds = {name: cache[name] if name in cache else values[name] for name in shapes}
-            outputs = dict(zip(names, session.run(None, feeds), strict=True))
-            cache = {name: outputs[str(_cached(name))] for name in cache}
-            results.append(outputs)
-        del session
-        yield segment.label, results
+        try:
+            results = _run_one(_session(folder, loaded, segment), known, batch)
+        except Exception as error:  # ONNX Runtime's own errors share no base class
+            raise SegmentError(f"ONNX Runtime cannot run the written graph's {segment.label}: {error}") from error
+        yield segment, results
         later = set().union(*needed[number + 1 :]) if number + 1 < len(segments) else set()
         for values, outputs in zip(known, results, strict=True):
             values.update({name: array for name, array in outputs.items() if name in later})
             for name in [name for name in values if name not in later]:
                 del values[name]
+
+
+def _run_one(session: ort.InferenceSession, calls: Sequence[Mapping[str, Array]], batch: int) -> list[dict[str, Array]]:
+    """Outputs of consecutive calls of one segment."""
+    shapes = {i.name: (i.shape, i.type) for i in session.get_inputs()}
+    names = [o.name for o in session.get_outputs()]
+    cache = {name: _empty(batch, *shapes[name]) for name in shapes if _cached(name)}
+    results = []
+    for values in calls:
+        feeds = {name: cache[name] if name in cache else values[name] for name in shapes}
+        outputs = dict(zip(names, session.run(None, feeds), strict=True))
+        cache = {name: outputs[str(_cached(name))] for name in cache}
+        results.append(outputs)
+    return results
 
 
 def _empty(batch: int, shape: list[int | str], kind: str) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from fstq_infer.bundle import GenerationDefaults
 from fstq_infer.errors import ExportError, UnsupportedModelError
 
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_log = logging.getLogger(__name__)
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +47,59 @@ class Source:
 
 
 def layer_windows(config: Any) -> tuple[int | None, ...]:
-    """Sliding windows by layer; raises UnsupportedModelError for attention patterns that masks by position cannot express."""
+    """Sliding windows by layer; raises UnsupportedModelError for attention that masks by position cannot express."""
     layers = int(config.num_hidden_layers)
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
+    if kinds := getattr(config, "attention_layers", None):  # GPT-Neo has its own words
+        window = config.window_size
+        types = ["sliding_attention" if kind == "local" else "full_attention" for kind in kinds]
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise UnsupportedModelError(
+            f"{config.model_type}: the sliding window is {window!r}; expected a number of tokens above 0"
+        )
     if not types:
         return (window,) * layers
     odd = sorted({str(t) for t in types} - set(ATTENTION_TYPES))
     if odd:
         raise UnsupportedModelError(
-            f"{config.model_type}: layers of type {', '.join(odd)} are not supported; found layer types {sorted(set(types))}, "
-            f"supported are {', '.join(ATTENTION_TYPES)}"
+            f"{config.model_type}: layers of type {', '.join(odd)} are not supported; found layer types "
+            f"{sorted(set(types))}, supported are {', '.join(ATTENTION_TYPES)}"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def check_sizes(config: Any, name: str) -> None:
+    """Raises UnsupportedModelError for what is no decoder with attention and positions in every layer."""
+    if getattr(config, "is_decoder", None) is False:
+        raise UnsupportedModelError(
+            f"{name}: this '{config.model_type}' model is an encoder (is_decoder is false); "
+            "only decoder-only causal LMs are supported"
+        )
+    for size in SIZES:
+        value = getattr(config, size, None)
+        if not isinstance(value, int) or value < 1:
+            raise UnsupportedModelError(
+                f"{name}: {size} of this '{config.model_type}' model is {value!r}, expected a number above 0; "
+                "only decoders with attention in every layer and rotary or learned positions are supported"
+            )
+
+
+def within_first_rope(config: Any) -> None:
+    """Shorten the context of a LongRoPE model in place to the length up to which its short factors hold.
+
+    Beyond it Transformers switches all positions, cached ones too, to other tables; one graph cannot do that.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        if parameters.get("rope_type") != "longrope":
+            continue
+        first, whole = int(parameters["original_max_position_embeddings"]), config.max_position_embeddings
+        if first < whole:
+            parameters.setdefault("factor", whole / first)  # it scales attention; otherwise taken from the lengths
+            config.max_position_embeddings = first
+            name = config.model_type
+            _log.warning("%s: context cut from %d to %d tokens, where its LongRoPE changes", name, whole, first)
 
 
 def resolve(model: str, revision: str | None = None) -> Source:
@@ -75,13 +117,16 @@ def resolve(model: str, revision: str | None = None) -> Source:
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # validators of many kinds, and attribute and type errors where it is no object
         raise UnsupportedModelError(f"{model}: Transformers cannot read its configuration ({error})") from error
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
             f"{model}: model type '{config.model_type}' is no decoder-only causal LM; nothing was exported"
         )
     config = config.get_text_config(decoder=True)
+    check_sizes(config, model)
+    layer_windows(config)  # raises, before minutes of calibration
+    within_first_rope(config)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weights:
         digest.update(bytes.fromhex(sha256_file(path)))
@@ -104,7 +149,7 @@ def tokenizer(source: Source) -> Any:
     """The fast tokenizer; raises ExportError where the model has only a slow one or none."""
     try:
         loaded = AutoTokenizer.from_pretrained(source.folder, use_fast=True, trust_remote_code=False)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # ValueError and OSError where there is none, anything where its files are broken
         raise ExportError(
             f"{source.name}: no tokenizer could be loaded ({error}); put tokenizer.json beside the weights"
         ) from error
@@ -114,19 +159,33 @@ def tokenizer(source: Source) -> Any:
 
 
 def generation_defaults(source: Source) -> GenerationDefaults:
-    """Sampling defaults from generation_config.json; greedy where it says nothing."""
+    """Sampling defaults from generation_config.json, greedy where it does not sample; raises ExportError if broken."""
     try:
-        config = GenerationConfig.from_pretrained(source.folder)
-    except (OSError, json.JSONDecodeError):
-        config = GenerationConfig()
-    ids = config.eos_token_id if config.eos_token_id is not None else source.config.eos_token_id
-    eos = [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+        given = (source.folder / "generation_config.json").is_file()
+        config = GenerationConfig.from_pretrained(source.folder) if given else GenerationConfig()
+        return _defaults(source.config, config)
+    except Exception as error:  # JSON, file system and type errors, and Transformers' own
+        raise ExportError(
+            f"{source.name}: generation_config.json cannot be read ({error}); mend it or take it away"
+        ) from error
+
+
+def _defaults(model: Any, config: Any) -> GenerationDefaults:
+    bos = config.bos_token_id if config.bos_token_id is not None else getattr(model, "bos_token_id", None)
+    eos = config.eos_token_id if config.eos_token_id is not None else getattr(model, "eos_token_id", None)
+    ends = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
     sample = bool(config.do_sample)
+
+    def sampled(name: str, otherwise: float, off: float) -> float:
+        """A setting of sampling; ``otherwise`` is what Transformers takes when it samples and nothing is said."""
+        value = getattr(config, name)
+        return off if not sample else otherwise if value is None else float(value)
+
     return GenerationDefaults(
-        bos_token_id=source.config.bos_token_id,
-        eos_token_ids=tuple(int(i) for i in eos),
-        temperature=float(config.temperature if sample and config.temperature is not None else 0.0),
-        top_k=int(config.top_k if sample and config.top_k else 0),
-        top_p=float(config.top_p if sample and config.top_p else 1.0),
+        bos_token_id=None if bos is None else int(bos),
+        eos_token_ids=tuple(int(i) for i in ends),
+        temperature=sampled("temperature", 1.0, 0.0),
+        top_k=int(sampled("top_k", 50, 0)),
+        top_p=sampled("top_p", 1.0, 1.0),
         repetition_penalty=float(config.repetition_penalty or 1.0),
     )

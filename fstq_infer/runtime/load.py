@@ -1,4 +1,4 @@
-"""From a bundle to a loaded engine, by the name of a backend. Knows where the parts are, and imports them when asked."""
+"""From a bundle to a loaded engine, by a backend's name. Knows where the parts are; imports them when asked."""
 
 from __future__ import annotations
 

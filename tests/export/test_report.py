@@ -15,8 +15,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from fstq_export import report as module
-from fstq_export.report import difference_plot, heat_map, quality_plot, render, sensitivity_plot, verdict, write_report
+from fstq_export import wording
+from fstq_export.plots import difference_plot, quality_plot, sensitivity_plot
+from fstq_export.report import heat_map, render, verdict, write_report
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ from fstq_infer.errors import ExportError, MissingExtraError
 
 matplotlib = pytest.importorskip("matplotlib")
 
+PROBE = "distilled from gate"
 Report = dict[str, Any]
 DENSE = 0.92
 VOID = {"meta", "br"}
@@ -61,11 +63,17 @@ def full() -> Report:
             "left_out": 12,
             "prompt_tokens": {"median": 247, "max": 301},
             "score": "gate",
+            "probe": PROBE,
             "metric": "exact match",
             "dense": {"exact": DENSE, "nll": 0.08},
             "max_quality_drop": 0.01,
             "candidates": [
-                {"layer": layer, **point(keep, exact), "relative_cost": layer / 5 + keep * (1 - layer / 5)}
+                {
+                    "layer": layer,
+                    **point(keep, exact),
+                    "probe": PROBE,
+                    "relative_cost": layer / 5 + keep * (1 - layer / 5),
+                }
                 for layer in (1, 2)
                 for keep, exact in ((0.75, 0.9), (0.5, 0.88 if layer == 1 else 0.9163), (0.25, 0.7))
             ],
@@ -108,7 +116,7 @@ def uncalibrated() -> Report:
 def unmet() -> Report:
     report = full()
     report["calibration"] |= {"chosen": None, "met": False, "example": None}
-    report["calibration"]["candidates"] = [{"layer": 2, **point(0.75, 0.8832), "relative_cost": 0.85}]
+    report["calibration"]["candidates"] = [{"layer": 2, **point(0.75, 0.8832), "probe": PROBE, "relative_cost": 0.85}]
     report["graph"]["stages"], report["verification"]["pruned"] = [], None
     return report
 
@@ -260,7 +268,7 @@ def test_page_of_an_unmet_contract(pages: dict[str, str]) -> None:
 
 def test_hostile_tokens_stay_text(pages: dict[str, str]) -> None:
     page = Page(pages["hostile"])
-    assert [text for _, text in page.tokens] == [module.visible(token) or "·" for token in HOSTILE]
+    assert [text for _, text in page.tokens] == [wording.visible(token) or "·" for token in HOSTILE]
     assert [tag for tag, _ in page.tokens] == ["span" if i % 2 == 0 else "s" for i in range(len(HOSTILE))]
     assert "<img src=x onerror=alert(1)>" in page.text
     assert "⟨U+0000⟩⟨U+001B⟩[31m" in page.text and "⟨U+D800⟩" in page.text and "\u202e" not in page.text
@@ -381,7 +389,7 @@ def test_long_prompts_are_cut_in_the_middle() -> None:
 
 @given(st.text(st.characters(exclude_categories=[])))
 def test_visible(text: str) -> None:
-    shown = module.visible(text)
+    shown = wording.visible(text)
     shown.encode("utf-8")
     assert not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in shown)
     assert not any(unicodedata.category(c) == "Cf" and c not in "\u200c\u200d" for c in shown)
@@ -392,7 +400,7 @@ def test_visible(text: str) -> None:
     (-0.006, "-0.6 %"), (12.345, "1,234 %"),
 ])  # fmt: skip
 def test_percent(share: float, text: str) -> None:
-    assert module._percent(share) == text
+    assert wording.percent(share) == text
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from fstq_infer.fisher.items import Item, batches, collate  # noqa: E402
 
 from .models import FAMILIES, HEADS, LAYERS, VOCABULARY, WIDTH, tiny, tokens  # noqa: E402
 
+STEP = 1e-2  # norms and softmax are in single precision even in a model of doubles
 ITEM = Item(tokens(14, seed=1), tokens(3, seed=2))
 ITEMS = [Item(tokens(n, seed=n), tokens(a, seed=a)) for n, a in ((14, 3), (5, 4), (9, 1), (1, 2), (20, 2))]
 
@@ -47,14 +48,14 @@ def gated_margin(decoder: Decoder, item: Item, layers: range, gates: Any) -> Any
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_gate_score_is_the_squared_finite_difference(llama: Decoder, layer: int) -> None:
     score = observe(llama, [ITEM], (1,), 4)[0].gate[layer].double()
-    step = 1e-5
+    step = STEP
     shifts = torch.eye(len(ITEM.prompt), dtype=torch.float64) * step
     layers = range(layer, LAYERS)
     with torch.no_grad():
         up, down = (gated_margin(llama, ITEM, layers, shifts * sign) for sign in (1, -1))
     wanted = ((up - down) / (2 * step)) ** 2
     assert (wanted > 1e-6).sum() > 10
-    torch.testing.assert_close(score, wanted, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(score, wanted, rtol=2e-3, atol=1e-5)
 
 
 def test_gate_score_of_a_layer_gates_all_layers_from_it_on(llama: Decoder) -> None:
@@ -74,7 +75,7 @@ def test_gate_score_of_a_layer_gates_all_layers_from_it_on(llama: Decoder) -> No
 
 def test_gate_of_layer_zero_is_a_mask_of_the_model_itself(llama: Decoder) -> None:
     """Without any hook of ours: Transformers takes an additive mask (1, 1, S, S) for all layers."""
-    size, step = len(ITEM), 1e-5
+    size, step = len(ITEM), STEP
     ids = torch.tensor([ITEM.prompt + ITEM.answer])
     causal = torch.full((size, size), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1)
     score = observe(llama, [ITEM], (1,), 4)[0].gate[0].double()
@@ -85,13 +86,13 @@ def test_gate_of_layer_zero_is_a_mask_of_the_model_itself(llama: Decoder) -> Non
             mask[token + 1 :, token] += sign * step
             with torch.no_grad():
                 found.append(margin(llama.model(input_ids=ids, attention_mask=mask[None, None]).logits, ITEM)[0])
-        torch.testing.assert_close(score[token], ((found[0] - found[1]) / (2 * step)) ** 2, rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(score[token], ((found[0] - found[1]) / (2 * step)) ** 2, rtol=2e-3, atol=1e-5)
 
 
 def test_embedding_score_is_the_squared_norm_of_finite_differences(llama: Decoder) -> None:
     score = observe(llama, [ITEM], (1,), 4)[0].embedding.double()
     embedded = llama.model.get_input_embeddings()(torch.tensor([ITEM.prompt + ITEM.answer]))
-    step = 1e-5
+    step = STEP
     for token in (0, 5, 13):
         shifts = torch.zeros(WIDTH, *embedded.shape[1:], dtype=torch.float64)
         shifts[:, token] = torch.eye(WIDTH, dtype=torch.float64) * step
@@ -99,7 +100,7 @@ def test_embedding_score_is_the_squared_norm_of_finite_differences(llama: Decode
             up, down = (margin(llama.model(inputs_embeds=embedded + s).logits, ITEM) for s in (shifts, -shifts))
         wanted = (((up - down) / (2 * step)) ** 2).sum()
         assert wanted > 1e-6
-        torch.testing.assert_close(score[token], wanted, rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(score[token], wanted, rtol=2e-3, atol=1e-5)
 
 
 def test_a_token_that_no_other_sees_has_no_gate_score() -> None:

@@ -13,19 +13,21 @@ class LastTokenLogits(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
-        layers = len(attention_nodes(graph))
-        residual = crossing(graph, layers).residual
+        residual = crossing(graph, len(attention_nodes(graph))).residual
         tail = [(node, i) for node, i in residual.uses() if layer_of(node) is None]
         emit = Emit(graph, "fstq/last_token")
         last = emit("Slice", residual, emit.ints(-1), emit.ints(2**62), emit.ints(1))
-        graph.insert_before(tail[0][0], emit.nodes)
+        readers = {node for node, _ in tail}
+        graph.insert_before(next(node for node in graph if node in readers), emit.nodes)
         for node, i in tail:
             node.replace_input_with(i, last)
+        shortened = {last}
         for node in graph:
-            if layer_of(node) is None and any(v is last or (v is not None and v.shape is None) for v in node.inputs):
+            if layer_of(node) is None and any(value in shortened for value in node.inputs):
                 for value in node.outputs:
+                    shortened.add(value)
                     if value not in graph.outputs:
-                        value.shape = None
+                        value.shape = None  # stale: one column from here on
         logits = next(v for v in graph.outputs if v.name == "logits")
         vocabulary = logits.shape[-1] if logits.shape is not None else None
         logits.shape = ir.Shape(["batch", 1, vocabulary])

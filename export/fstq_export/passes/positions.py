@@ -14,12 +14,17 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PreconditionError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from fstq_export.passes.scope import Emit, attention_nodes, int64
+from fstq_export.passes.scope import PAST, Emit, attention_nodes, int64
 
 
 def visible(emit: Emit, queries: ir.Value, keys: ir.Value, window: int | None) -> ir.Value:
-    """(B, Q) query and (B, K) key positions -> (B, Q, K) bool; queries are clamped to 0 so that padding sees something."""
-    q = emit("Unsqueeze", emit("Max", queries, emit.ints(0)), emit.ints(2))
+    """(B, Q) query and (B, K) key positions -> (B, Q, K) bool.
+
+    A padding query counts as the row's last one: nobody reads it, but a softmax over no key at all may give NaN.
+    """
+    last = emit("Max", emit("ReduceMax", queries, emit.ints(1)), emit.ints(0))
+    q = emit("Where", emit("Less", queries, emit.ints(0)), last, queries)
+    q = emit("Unsqueeze", q, emit.ints(2))
     k = emit("Unsqueeze", keys, emit.ints(1))
     seen = emit("And", emit("GreaterOrEqual", k, emit.ints(0)), emit("LessOrEqual", k, q))
     if window is not None:
@@ -30,15 +35,12 @@ def visible(emit: Emit, queries: ir.Value, keys: ir.Value, window: int | None) -
 def attend_by_position(
     graph: ir.Graph, emit: Emit, group: int, positions: ir.Value, layers: Sequence[int], windows: Sequence[int | None]
 ) -> None:
-    """Give ``layers`` masks from their group's positions, and add that group's position cache to the graph's in- and outputs."""
+    """Give ``layers`` masks from their group's positions; adds that group's position cache to the graph's ends."""
     past = int64(f"past_positions.{group}", ["batch", f"past_{group}"])
     graph.inputs.append(past)
     total = emit("Concat", past, positions, axis=1)
-    total.name, total.dtype, total.shape = (
-        f"present_positions.{group}",
-        ir.DataType.INT64,
-        ir.Shape(["batch", f"total_{group}"]),
-    )
+    total.name, total.dtype = f"present_positions.{group}", ir.DataType.INT64
+    total.shape = ir.Shape(["batch", f"total_{group}"])
     graph.outputs.append(total)
     nodes = attention_nodes(graph)
     masks: dict[int | None, ir.Value] = {}
@@ -64,13 +66,14 @@ class KeyPositions(InPlacePass):
         names = {value.name for value in model.graph.inputs}
         missing = {"input_ids", "position_ids", "attention_mask"} - names
         if missing:
+            found = sorted(str(name) for name in names if not PAST.fullmatch(name or ""))
             raise PreconditionError(
-                f"the dense graph has no input {', '.join(sorted(missing))}; found {sorted(map(str, names))}"
+                f"the dense graph has no input {', '.join(sorted(missing))} (positions by ALiBi, or none?); "
+                f"found {', '.join(found)} and caches"
             )
-        if len(attention_nodes(model.graph)) != len(self.windows):
-            raise PreconditionError(
-                f"{len(self.windows)} layer windows for {len(attention_nodes(model.graph))} decoder layers"
-            )
+        layers = len(attention_nodes(model.graph))
+        if layers != len(self.windows):
+            raise PreconditionError(f"{len(self.windows)} layer windows for {layers} decoder layers")
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph

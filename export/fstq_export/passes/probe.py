@@ -21,7 +21,7 @@ NEGATIVE = -1e4
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens that enter a stage: ids, positions and columns (B, S) int64, valid (B, S) bool, hidden and embedded (B, S, D)."""
+    """The tokens that enter a stage: ids, positions (B, S) int64, valid (B, S) bool, hidden, embedded (B, S, D)."""
 
     ids: ir.Value
     positions: ir.Value
@@ -31,16 +31,19 @@ class Tokens:
 
 
 def window_attention(emit: Emit, attention: ir.Node, tokens: Tokens, window: int, sliding: int | None) -> ir.Value:
-    """(B, H, W, S) weights of the last W queries over the current tokens, from the inputs of an Attention node (B, S, heads * d)."""
+    """(B, H, W, S) weights of the last W queries over the current tokens.
+
+    From the inputs of an Attention node, (B, S, heads * d) each. sliding: the layer's sliding window, or None.
+    """
     query, key = attention.inputs[0], attention.inputs[1]
     past = attention.inputs[4] if len(attention.inputs) > 4 else None
     attributes = attention.attributes
-    if query is None or key is None or past is None or past.shape is None or "q_num_heads" not in attributes:
+    width = past.shape[3] if past is not None and past.shape is not None else None
+    if query is None or key is None or not isinstance(width, int) or "q_num_heads" not in attributes:
         raise UnsupportedModelError(
             f"{attention.name}: expected queries of shape (batch, tokens, heads * width) and a key cache"
         )
     heads, groups = attributes["q_num_heads"].as_int(), attributes["kv_num_heads"].as_int()
-    width = int(past.shape[3])  # type: ignore[call-overload]
     scale = attributes["scale"].as_float() if "scale" in attributes else width**-0.5
     query, key = _float(emit, query), _float(emit, key)
     q = emit("Slice", query, emit.ints(-window), emit.ints(2**62), emit.ints(1))
@@ -116,25 +119,17 @@ def probe_scores(
     def weight(name: str) -> ir.Value:
         return emit.weight(f"{prefix}.{name}", weights[name])
 
-    heads, rank, width = (
-        weights["query.weight"].shape[0],
-        weights["query.weight"].shape[1],
-        weights["query.weight"].shape[2] // 2,
-    )
+    heads, rank, double = weights["query.weight"].shape
+    width = double // 2
     x = emit("Concat", _rms(emit, tokens.hidden, width), _rms(emit, tokens.embedded, width), axis=-1)
     valid = _float(emit, tokens.valid)
     row_valid = emit("Slice", valid, emit.ints(-window), emit.ints(2**62), emit.ints(1))
 
     def project(name: str, states: ir.Value) -> ir.Value:
         """(B, n, 2D) -> (B, heads, n, rank)."""
-        matrix = emit.weight(
-            f"{prefix}.{name}.matrix", np.ascontiguousarray(weights[f"{name}.weight"].reshape(heads * rank, -1).T)
-        )
-        flat = emit(
-            "Add",
-            emit("MatMul", states, matrix),
-            emit.weight(f"{prefix}.{name}.bias", weights[f"{name}.bias"].reshape(-1)),
-        )
+        matrix = np.ascontiguousarray(weights[f"{name}.weight"].reshape(heads * rank, -1).T)
+        bias = emit.weight(f"{prefix}.{name}.bias", weights[f"{name}.bias"].reshape(-1))
+        flat = emit("Add", emit("MatMul", states, emit.weight(f"{prefix}.{name}.matrix", matrix)), bias)
         return emit("Transpose", emit("Reshape", flat, emit.ints(0, -1, heads, rank)), perm=[0, 2, 1, 3])
 
     q = project("query", emit("Slice", x, emit.ints(-window), emit.ints(2**62), emit.ints(1)))
@@ -146,11 +141,8 @@ def probe_scores(
     match = emit("Add", match, emit("Mul", emit("Sub", rows, one), emit.const(np.array(-NEGATIVE, np.float32))))
     best = emit("ReduceMax", match, emit.ints(2), keepdims=0)
     total = emit("ReduceLogSumExp", emit("Sub", match, emit("Unsqueeze", best, emit.ints(2))), emit.ints(2), keepdims=0)
-    linear = emit(
-        "Add",
-        emit("MatMul", x, emit.weight(f"{prefix}.linear.matrix", weights["linear.weight"].T.copy())),
-        weight("linear.bias"),
-    )
+    matrix = emit.weight(f"{prefix}.linear.matrix", weights["linear.weight"].T.copy())
+    linear = emit("Add", emit("MatMul", x, matrix), weight("linear.bias"))
     weights_seen = emit("Mul", window_attention(emit, attention, tokens, window, sliding), rows)
     rows_seen = emit("ReduceSum", rows, emit.ints(2), keepdims=0)
     tiny = emit.const(np.array(1e-6, np.float32))
@@ -170,10 +162,8 @@ def probe_scores(
 
     def conv(name: str, states: ir.Value) -> ir.Value:
         kernel = int(weights[f"{name}.weight"].shape[2])
-        padding = [kernel // 2, kernel // 2]
-        return emit(
-            "Conv", states, weight(f"{name}.weight"), weight(f"{name}.bias"), pads=padding, kernel_shape=[kernel]
-        )
+        parts = weight(f"{name}.weight"), weight(f"{name}.bias")
+        return emit("Conv", states, *parts, pads=[kernel // 2, kernel // 2], kernel_shape=[kernel])
 
     features = emit("Mul", features, mask)
     first = emit("Mul", emit("Gelu", conv("conv1", features)), mask)

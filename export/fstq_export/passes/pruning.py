@@ -1,8 +1,8 @@
 """Pass: token pruning. Before a stage's layer the prompt tokens that do not matter leave the decoder.
 
-Per stage: probe scores -> sinks and window forced -> the ``keep`` best per row, ascending -> gather residual, positions and
-rotary tables -> masks and a key-value cache of their own for the layers that follow. ``keep`` is a runtime input, so one
-graph serves pruned prefill, dense operation (``keep = sequence``) and decoding (one token, ``keep = 1``).
+Per stage: probe scores -> sinks and window forced -> the ``keep`` best per row, ascending -> gather residual, positions
+and rotary tables -> masks and a key-value cache of their own for the layers that follow. ``keep`` is a runtime input,
+so one graph serves pruned prefill, dense operation (``keep = sequence``) and decoding (one token, ``keep = 1``).
 """
 
 from __future__ import annotations
@@ -107,11 +107,8 @@ class TokenPruning(InPlacePass):
             kept = emit("GatherElements", origin, columns, axis=1) if origin is not None else columns
             origin = kept
             out = emit("Where", counts, kept, minus)
-            out.name, out.dtype, out.shape = (
-                f"kept_indices.{number}",
-                ir.DataType.INT64,
-                ir.Shape(["batch", f"kept_{number}"]),
-            )
+            out.name, out.dtype = f"kept_indices.{number}", ir.DataType.INT64
+            out.shape = ir.Shape(["batch", f"kept_{number}"])
             graph.outputs.append(out)
             ids = emit("GatherElements", ids, columns, axis=1)
             index = emit("Unsqueeze", columns, emit.ints(2))
@@ -136,30 +133,28 @@ class TokenPruning(InPlacePass):
         masks = {id(node.inputs[3]) for node in attention_nodes(graph).values()}
         for value in border.side:
             producer = value.producer()
-            if (
-                producer is not None
-                and producer.op_type == "Gather"
-                and producer.inputs[0] in graph.initializers.values()
-            ):
-                moved[value] = emit("Gather", producer.inputs[0], clamped, axis=0)  # rotary cos or sin
+            table = producer.inputs[0] if producer is not None and producer.op_type == "Gather" else None
+            if table is not None and table.is_initializer():
+                moved[value] = emit("Gather", table, clamped, axis=0)  # rotary cos or sin
             elif id(value) not in masks:
+                made_by = producer.op_type if producer is not None else "input"
                 raise UnsupportedModelError(
-                    f"decoder layers from {border.layer} on read {value.name} ({producer.op_type if producer else 'input'}), "
+                    f"decoder layers from {border.layer} on read {value.name} ({made_by}), "
                     "which token pruning does not know how to shorten"
                 )
-        layers = [layer for layer in range(border.layer, len(self.windows))]
-        attend_by_position(graph, emit, number, positions, layers, self.windows)
+        attend_by_position(graph, emit, number, positions, range(border.layer, len(self.windows)), self.windows)
         for node in late:
-            for i, value in enumerate(node.inputs):
-                if value in moved:
-                    node.replace_input_with(i, moved[value])
-            for value in node.outputs:
-                if value not in graph.outputs:
-                    value.shape = None  # stale: the sequence is shorter from here on
+            for i, read in enumerate(node.inputs):
+                if read is not None and read in moved:
+                    node.replace_input_with(i, moved[read])
+            for given in node.outputs:
+                if given not in graph.outputs:
+                    given.shape = None  # stale: the sequence is shorter from here on
         for node in graph:
             if layer_of(node) is None and any(value is border.residual for value in node.inputs):
                 raise UnsupportedModelError(
-                    f"{node.name} reads the residual before layer {border.layer}; it would see pruned and unpruned tokens mixed"
+                    f"{node.name} reads the residual before layer {border.layer}; "
+                    "it would see pruned and unpruned tokens mixed"
                 )
         graph.insert_before(late[0], emit.nodes)
 
@@ -170,6 +165,5 @@ class TokenPruning(InPlacePass):
             for pattern, dim in ((PAST, "past"), (_PRESENT, "total")):
                 match = pattern.fullmatch(value.name or "")
                 if match and value.shape is not None:
-                    dims = list(value.shape)
-                    dims[2] = f"{dim}_{sum(int(match.group(1)) >= border for border in borders)}"  # type: ignore[call-overload]
-                    value.shape = ir.Shape(dims)
+                    group = sum(int(match.group(1)) >= border for border in borders)
+                    value.shape = ir.Shape([f"{dim}_{group}" if i == 2 else d for i, d in enumerate(value.shape.dims)])

@@ -1,35 +1,37 @@
-"""Pass: rotary tables as Transformers computes them. Mends exporters that read nested rope parameters wrongly (Gemma 3)."""
+"""Pass: rotary tables as Transformers computes them. Mends exporters that read rope parameters wrongly (Gemma 3)."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 
 from fstq_export.passes.scope import layer_of
 
 
 class RotaryTables(InPlacePass):
-    """Replace cos/sin tables that differ from the model's own rotary module.
+    """Replace cos/sin tables that differ from the model's own rotary module, and cut rows that no position reaches.
 
-    rotary: the module, called as ``rotary(x, position_ids[, layer_type])``. layer_types: per layer, or None.
+    rotary: the module, called as ``rotary(x, position_ids[, layer_type])``, or None. layer_types: per layer, or None.
+    positions: length of the longest context.
     """
 
-    def __init__(self, rotary: torch.nn.Module | None, layer_types: list[str] | None) -> None:
+    def __init__(self, rotary: torch.nn.Module | None, layer_types: Sequence[str] | None, positions: int) -> None:
         super().__init__()
-        self.rotary, self.layer_types = rotary, layer_types
+        self.rotary, self.layer_types, self.positions = rotary, layer_types, positions
         self.replaced: list[str] = []
 
     def call(self, model: ir.Model) -> PassResult:
-        graph = model.graph
         if self.rotary is None:
             return PassResult(model, False)
         seen: set[str] = set()
-        for node in graph:
+        for node in model.graph:
             layer = layer_of(node)
             if node.op_type != "RotaryEmbedding" or layer is None:
                 continue
@@ -39,18 +41,28 @@ class RotaryTables(InPlacePass):
                 if table is None or table.name is None or table.name in seen or table.const_value is None:
                     continue
                 seen.add(table.name)
-                self._mend(table, which, layer)
+                have = table.const_value.numpy()
+                want = _half(self._computed(self.rotary, layer, min(len(have), self.positions))[which])
+                if want is None or want.shape[1:] != have.shape[1:]:
+                    continue  # another layout: left as it is, for the verification to judge
+                if len(want) < len(have) or np.abs(want - have.astype(np.float32)).max() > 1e-3:
+                    table.const_value = ir.tensor(want.astype(have.dtype), name=table.name)
+                    table.shape = ir.Shape(want.shape)
+                    self.replaced.append(table.name)
         return PassResult(model, bool(self.replaced))
 
-    def _mend(self, table: ir.Value, which: int, layer: int) -> None:
-        have = table.const_value.numpy()  # type: ignore[union-attr]
-        rows, half = have.shape
-        positions = torch.arange(rows)[None]
-        arguments: list[Any] = [torch.zeros(1, rows, 1), positions]
-        if self.layer_types and "layer_type" in inspect.signature(self.rotary.forward).parameters:  # type: ignore[union-attr]
+    def _computed(self, rotary: torch.nn.Module, layer: int, rows: int) -> list[NDArray[np.float32]]:
+        """The module's cos and sin, (rows, width) each."""
+        arguments: list[Any] = [torch.zeros(1, rows, 1), torch.arange(rows)[None]]
+        if self.layer_types and "layer_type" in inspect.signature(rotary.forward).parameters:
             arguments.append(self.layer_types[layer])
         with torch.no_grad():
-            want = self.rotary(*arguments)[which][0, :, :half].float().numpy()  # type: ignore[misc]
-        if want.shape == have.shape and np.abs(want - have.astype(np.float32)).max() > 1e-3:
-            table.const_value = ir.tensor(want.astype(have.dtype), name=table.name)
-            self.replaced.append(str(table.name))
+            return [np.asarray(part[0].float().numpy(), np.float32) for part in rotary(*arguments)]
+
+
+def _half(table: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    """(rows, width) -> (rows, width / 2): Transformers writes every angle twice, in halves or in pairs."""
+    half = table.shape[1] // 2
+    if np.array_equal(table[:, :half], table[:, half:]):
+        return table[:, :half]
+    return table[:, ::2] if np.array_equal(table[:, ::2], table[:, 1::2]) else None

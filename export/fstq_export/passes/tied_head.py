@@ -1,4 +1,4 @@
-"""Pass: one copy of a tied embedding. The exporter writes the head as a transposed second copy of the embedding table."""
+"""Pass: one copy of a tied embedding. The exporter writes the head as a transposed second copy of the embedding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fstq_export.passes.scope import Emit, layer_of
+
+
+def _head(graph: ir.Graph) -> ir.Node | None:
+    """The MatMul that makes logits."""
+    matches = (n for n in graph if n.op_type == "MatMul" and layer_of(n) is None)
+    return next((n for n in matches if (n.name or "").startswith("lm_head")), None)
+
+
+def _table(graph: ir.Graph) -> ir.Value | None:
+    """The embedding table that ``input_ids`` index."""
+    gathers = (n for n in graph if n.op_type == "Gather" and n.inputs[1] is not None)
+    return next((n.inputs[0] for n in gathers if n.inputs[1] is not None and n.inputs[1].name == "input_ids"), None)
 
 
 class TiedHead(InPlacePass):
@@ -21,42 +33,20 @@ class TiedHead(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
-        head = next(
-            (
-                n
-                for n in graph
-                if n.op_type == "MatMul" and layer_of(n) is None and (n.name or "").startswith("lm_head")
-            ),
-            None,
-        )
-        table = next(
-            (
-                n.inputs[0]
-                for n in graph
-                if n.op_type == "Gather" and n.inputs[1] is not None and n.inputs[1].name == "input_ids"
-            ),
-            None,
-        )
-        if (
-            not self.tied
-            or head is None
-            or table is None
-            or table.shape is None
-            or head.inputs[1] is None
-            or head.inputs[0] is None
-        ):
+        head, table = _head(graph), _table(graph)
+        if not self.tied or head is None or table is None or table.shape is None:
             return PassResult(model, False)
-        weight = head.inputs[1]
-        if weight.shape is None or list(weight.shape) != list(reversed(list(table.shape))):
+        states, weight = head.inputs
+        if states is None or weight is None or weight.shape is None or weight.name is None:
+            return PassResult(model, False)
+        if list(weight.shape) != list(reversed(list(table.shape))):
             return PassResult(model, False)
         emit = Emit(graph, "lm_head")
-        flat = emit("Squeeze", head.inputs[0], emit.ints(1))
-        product = emit("Gemm", flat, table, transB=1)
-        out = emit("Unsqueeze", product, emit.ints(1))
+        out = emit("Unsqueeze", emit("Gemm", emit("Squeeze", states, emit.ints(1)), table, transB=1), emit.ints(1))
         graph.insert_before(head, emit.nodes)
         old = head.outputs[0]
         if old in graph.outputs:
-            out.name, out.shape, out.dtype = old.name, old.shape, old.dtype
+            out.name, out.shape, out.type = old.name, old.shape, old.type
             old.name = f"{old.name}.untied"
             graph.outputs[list(graph.outputs).index(old)] = out
         ir.convenience.replace_all_uses_with(old, out)
