@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +58,10 @@ def tiny_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in EXTRAS:
         pytest.importorskip(name, reason="the tiny bundle needs the 'export' extra")
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from fstq_export import decoder, source
     from fstq_export.passes.pruning import PruneStage
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     from fstq_infer.fisher.probe import Probe
 
     folder = tmp_path_factory.mktemp("tiny-graph")
@@ -93,11 +91,10 @@ def tiny_bundle(tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> B
 
 
 @pytest.fixture
-def engine_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def engine_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache for engines, in place of the user's."""
     monkeypatch.setenv("FSTQ_CACHE", str(tmp_path / "cache"))
-    yield tmp_path / "cache" / "engines"
-    sys.stderr.flush()
+    return tmp_path / "cache" / "engines"
 
 
 def _tokenizer() -> str:

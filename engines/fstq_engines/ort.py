@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import shutil
 import sys
 import time
@@ -57,7 +58,7 @@ def build(
     with cache.one_builder(target):
         if not force and _is_usable(target, wanted, bundle, checksums):
             return target
-        if directory is None and target.is_dir() and not (target / SIDECAR).exists():
+        if directory is None and target.is_dir() and not os.path.exists(target / SIDECAR):
             _log.warning("%s has lost its %s; the engine is built again", target, SIDECAR)
             shutil.rmtree(target)  # the cache is ours; another directory without a sidecar is not touched
         _build(bundle, wanted, target, threads, progress or _log.info)
@@ -89,7 +90,7 @@ def identity(bundle: Bundle) -> Identity:
 
 
 def _is_usable(target: Path, wanted: Identity, bundle: Bundle, checksums: bool) -> bool:
-    if not (target / SIDECAR).exists():
+    if not os.path.exists(target / SIDECAR):
         return False
     try:
         sidecar = Sidecar.read(target)

@@ -34,8 +34,9 @@ def build_graph(source: Source, dtype: str, stages: Sequence[PruneStage]) -> ir.
             )
         model: ir.Model = package["model"]
     except Exception as error:  # the exporter raises whatever its model code meets; all of it means: not this model
+        reason = str(error) or type(error).__name__
         raise UnsupportedModelError(
-            f"{source.architecture} ({source.config.model_type}) cannot be built: {error}"
+            f"{source.architecture} ({source.config.model_type}) cannot be built: {reason}"
         ) from error
     config = source.config
     missing = sorted(name for name, value in model.graph.initializers.items() if value.const_value is None)
@@ -64,8 +65,8 @@ def build_graph(source: Source, dtype: str, stages: Sequence[PruneStage]) -> ir.
             raise UnsupportedModelError(
                 f"{source.architecture}: pass {type(step).__name__} failed ({reason})"
             ) from error
-    if rotary.replaced:
-        _log.info("rotary tables mended from the model's own: %s", ", ".join(rotary.replaced))
+    if rotary.mended:
+        _log.info("rotary embedding mended from the model's own: %s", ", ".join(rotary.mended))
     return model
 
 

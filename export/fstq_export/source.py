@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from fstq_infer.atomic import sha256_file
 from fstq_infer.bundle import GenerationDefaults
@@ -54,6 +57,7 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
     if kinds := getattr(config, "attention_layers", None):  # GPT-Neo has its own words
         window = config.window_size
         types = ["sliding_attention" if kind == "local" else "full_attention" for kind in kinds]
+    window = window or None  # 0 where the configuration says not to use it
     if window is not None and (not isinstance(window, int) or window < 1):
         raise UnsupportedModelError(
             f"{config.model_type}: the sliding window is {window!r}; expected a number of tokens above 0"
@@ -71,7 +75,7 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
 
 def check_sizes(config: Any, name: str) -> None:
     """Raises UnsupportedModelError for what is no decoder with attention and positions in every layer."""
-    if getattr(config, "is_decoder", None) is False:
+    if getattr(config, "is_decoder", None) is False and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
             f"{name}: this '{config.model_type}' model is an encoder (is_decoder is false); "
             "only decoder-only causal LMs are supported"
@@ -170,22 +174,31 @@ def generation_defaults(source: Source) -> GenerationDefaults:
         ) from error
 
 
+def _ids(value: Any, vocab_size: int) -> tuple[int, ...]:
+    """One id, several or none; those outside the vocabulary (-1 stands for none in some checkpoints) are left out."""
+    found = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+    return tuple(int(i) for i in found if 0 <= int(i) < vocab_size)
+
+
 def _defaults(model: Any, config: Any) -> GenerationDefaults:
     bos = config.bos_token_id if config.bos_token_id is not None else getattr(model, "bos_token_id", None)
     eos = config.eos_token_id if config.eos_token_id is not None else getattr(model, "eos_token_id", None)
-    ends = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
-    sample = bool(config.do_sample)
+    begins, ends = _ids(bos, model.vocab_size), _ids(eos, model.vocab_size)
 
-    def sampled(name: str, otherwise: float, off: float) -> float:
-        """A setting of sampling; ``otherwise`` is what Transformers takes when it samples and nothing is said."""
+    def setting(name: str, otherwise: float, low: float) -> float:
+        """``otherwise`` is what Transformers takes where nothing is said."""
         value = getattr(config, name)
-        return off if not sample else otherwise if value is None else float(value)
+        number = otherwise if value is None else float(value)
+        if not low <= number < float("inf"):
+            raise ValueError(f"{name} is {value}")
+        return number
 
+    sample = bool(config.do_sample)
     return GenerationDefaults(
-        bos_token_id=None if bos is None else int(bos),
-        eos_token_ids=tuple(int(i) for i in ends),
-        temperature=sampled("temperature", 1.0, 0.0),
-        top_k=int(sampled("top_k", 50, 0)),
-        top_p=sampled("top_p", 1.0, 1.0),
-        repetition_penalty=float(config.repetition_penalty or 1.0),
+        bos_token_id=begins[0] if begins else None,
+        eos_token_ids=ends,
+        temperature=setting("temperature", 1.0, 0.0) if sample else 0.0,
+        top_k=int(setting("top_k", 50, 0)) if sample else 0,
+        top_p=min(1.0, setting("top_p", 1.0, 1e-9)) if sample else 1.0,
+        repetition_penalty=setting("repetition_penalty", 1.0, 1e-9),
     )

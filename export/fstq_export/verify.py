@@ -1,7 +1,7 @@
 """Does the written graph compute what the model does? Dense against Transformers, pruned against the torch reference.
 
-Always run before a bundle is committed: prefill of a left-padded batch, then decode steps fed one token at a time, compared layer
-by layer so that a mismatch is named by the layer where it starts.
+Always run before a bundle is committed: prefill of a left-padded batch, then decode steps fed one token at a time,
+compared layer by layer so that a mismatch is named by the layer where it starts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from fstq_export import segments
+from fstq_export.masks import check_masks
+from fstq_export.source import layer_windows
 from fstq_infer.errors import VerificationError
 from fstq_infer.fisher.hooks import Decoder, Seen, watch
 from fstq_infer.fisher.probe import Probe, ProbeInput
@@ -25,14 +27,15 @@ from fstq_infer.runtime.engine import Stage
 
 TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
 DECODE_STEPS = 16
+LONGEST_RUN = 576  # a sliding window up to this length is run through, a longer one is compared as a mask
 Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Largest differences, in units of the compared tensor's standard deviation where that is above 1.
+    """Largest differences, in units of the compared tensor's standard deviation.
 
-    by_layer: of each layer's output, dense. kept_equal: whether graph and torch kept the same tokens in every row and stage.
+    by_layer: of each layer's output, dense. kept_equal: whether both kept the same tokens in every row and stage.
     """
 
     tolerance: float
@@ -56,7 +59,10 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A left-padded batch of prompts with the tokens that follow them: ids (B, n + steps), lengths of the prompts (B,)."""
+    """A left-padded batch of prompts with the tokens that follow them.
+
+    ids: (B, prompt + steps). lengths: of the prompts, (B,). prompt: the longest of them.
+    """
 
     ids: Int64
     lengths: Int64
@@ -73,9 +79,9 @@ class Text:
 
     @property
     def positions(self) -> Int64:
-        """(B, n + steps), -1 where padded."""
+        """(B, prompt + steps), -1 where padded."""
         start = self.prompt - self.lengths[:, None]
-        return np.maximum(np.arange(self.ids.shape[1])[None] - start, -1)
+        return np.asarray(np.maximum(np.arange(self.ids.shape[1])[None] - start, -1), np.int64)
 
     def calls(self, keep: Int64 | None) -> list[dict[str, NDArray[Any]]]:
         """Engine calls: the whole prompt, then token by token. keep: (B, stages) for the prompt."""
@@ -88,7 +94,7 @@ class Text:
             out.append(call)
         return out
 
-    def forward(self, decoder: Decoder) -> torch.Tensor:
+    def forward(self, decoder: Decoder) -> NDArray[np.float32]:
         """(B, steps + 1, vocab) logits that follow the prompt and each later token."""
         positions = self.positions
         output = decoder.model(
@@ -98,65 +104,127 @@ class Text:
             use_cache=False,
             logits_to_keep=self.ids.shape[1] - self.prompt + 1,
         )
-        logits: torch.Tensor = output.logits
-        return logits.float()
+        return np.asarray(output.logits.float().numpy(), np.float32)
 
 
 def difference(found: NDArray[Any], wanted: NDArray[Any]) -> float:
-    """Largest absolute difference, over the standard deviation of ``wanted`` where that is above 1; inf if not finite."""
+    """Largest absolute difference, over the standard deviation of ``wanted``; inf if not finite."""
     if found.shape != wanted.shape:
         raise VerificationError(f"the graph gives shape {found.shape}, the reference {wanted.shape}")
     gap = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
-    return float(gap.max() / max(1.0, float(wanted.std()))) if np.isfinite(gap).all() else float("inf")
+    return float(gap.max() / max(1e-6, float(wanted.std()))) if np.isfinite(gap).all() else float("inf")
 
 
 def check_dense(
     folder: Path, graph: str, decoder: Decoder, text: Text, stages: int, tolerance: float, name: str
 ) -> tuple[float, tuple[float, ...]]:
-    """Compare at ``keep = S``; returns (logits difference, by layer). Raises VerificationError naming the first wrong layer."""
+    """Compare at ``keep = S``; returns (logits difference, by layer).
+
+    Raises VerificationError naming the first wrong layer.
+    """
     layers = len(decoder.layers)
     with torch.no_grad(), watch(decoder, hidden=tuple(range(layers))) as seen:
-        wanted = text.forward(decoder).numpy()
+        wanted = text.forward(decoder)
     valid = text.positions >= 0
     hidden = {i: state.float().numpy() for i, state in seen.hidden.items()}
     keep = np.full((len(text.ids), stages), text.prompt) if stages else None
-    by_layer, logits = [0.0] * layers, float("inf")
-    for label, results in segments.run(folder, graph, text.calls(keep)):
-        if label == segments.TAIL:
-            found = np.concatenate([r["logits"] for r in results], 1)
-            logits = difference(found, wanted)
-        elif label.startswith("layer "):
-            layer = int(label.split()[1])
-            if layer + 1 < layers:
-                states = np.concatenate([_residual(r, hidden[layer + 1].shape[-1]) for r in results], 1)
-                by_layer[layer] = difference(states[valid], hidden[layer + 1][valid])
-                if by_layer[layer] > tolerance:
-                    raise VerificationError(
-                        f"{name}: the exported graph differs from Transformers from decoder layer {layer} on: {by_layer[layer]:.2g} after it, "
-                        f"at most {tolerance:.2g} is allowed. This model is not supported as it is; nothing was written"
-                    )
+    by_layer: dict[int, float] = {}
+    logits = float("inf")
+    for segment, results in segments.run(folder, graph, text.calls(keep)):
+        if segment.label == segments.TAIL:
+            logits = difference(np.concatenate([r["logits"] for r in results], 1), wanted)
+        elif segment.residual is not None and (layer := int(segment.label.split()[1])) + 1 < layers:
+            states = np.concatenate([r[segment.residual] for r in results], 1)
+            by_layer[layer] = difference(states[valid], hidden[layer + 1][valid])
+            if by_layer[layer] > tolerance:
+                raise VerificationError(
+                    f"{name}: the exported graph differs from Transformers from decoder layer {layer} on: "
+                    f"{by_layer[layer]:.2g} after it, at most {tolerance:.2g} is allowed. This model is not supported "
+                    "as it is; nothing was written"
+                )
     if logits > tolerance:
         raise VerificationError(
-            f"{name}: the exported graph's logits differ from Transformers by {logits:.2g} (at most {tolerance:.2g} is allowed) although "
-            "all layers before the last agree: the last layer, final norm or head differ. Nothing was written"
+            f"{name}: the exported graph's logits differ from Transformers by {logits:.2g} (at most {tolerance:.2g} "
+            "is allowed) although all layers before the last agree: the last layer, final norm or head differ. "
+            "Nothing was written"
         )
-    by_layer[-1] = logits
-    return logits, tuple(by_layer)
+    return logits, tuple(by_layer.get(layer, logits) for layer in range(layers))
 
 
-def _residual(outputs: Mapping[str, NDArray[Any]], width: int) -> NDArray[Any]:
-    """The one three-dimensional output of a layer that is as wide as the residual and no cache or query/key."""
-    found = [
-        v
-        for k, v in outputs.items()
-        if v.ndim == 3
-        and v.shape[-1] == width
-        and ".Attention" not in k
-        and "self_attn" not in k
-        and "/attn" not in k
-        and ".attn." not in k
-    ]
-    return found[0]
+class _Pruned:
+    """The torch reference of a pruned run: masks as keys what the graph dropped, after checking that it may drop it."""
+
+    def __init__(
+        self,
+        text: Text,
+        stages: Sequence[Stage],
+        probes: Sequence[Probe],
+        keep: Int64,
+        kept: Mapping[int, Int64],
+        layers: int,
+        tolerance: float,
+        name: str,
+    ) -> None:
+        self.text, self.stages, self.probes, self.keep, self.kept = text, stages, probes, keep, kept
+        self.layers, self.tolerance, self.name = layers, tolerance, name
+        self.current: list[Int64] = [np.arange(text.prompt - n, text.prompt) for n in text.lengths]
+        self.same: list[bool] = []
+
+    def forward(self, decoder: Decoder) -> NDArray[np.float32]:
+        """(B, steps + 1, vocab) logits; raises VerificationError where torch would have kept other tokens."""
+        borders = [s.layer for s in self.stages]
+        before = {layer: self._stage(number) for number, layer in enumerate(borders)}
+        looks = tuple(layer - 1 for layer in borders)
+        with torch.no_grad(), watch(decoder, hidden=(0, *borders), attention=looks, before=before):
+            return self.text.forward(decoder)
+
+    def _stage(self, number: int) -> Callable[[Seen], None]:
+        def apply(seen: Seen) -> None:
+            ids, layer = self.text.ids, self.stages[number].layer
+            bias = torch.zeros(ids.shape)
+            for row, columns in enumerate(self.current):
+                scores = self._scores(number, seen, row, columns)
+                theirs = self.kept[number + 1][row]
+                theirs = theirs[theirs >= 0]
+                self.same.append(self._same(number, row, columns, scores, theirs))
+                self.current[row] = theirs
+                bias[row, : self.text.prompt] = NEVER
+                bias[row, theirs] = 0
+            full = bias[:, None, None, :] * (1 - torch.eye(ids.shape[1]))
+            seen.bias.update(dict.fromkeys(range(layer, self.layers), full))
+
+        return apply
+
+    def _scores(self, number: int, seen: Seen, row: int, columns: Int64) -> NDArray[np.float32]:
+        """The probe's scores of one row's tokens; ``columns`` are those that are still there."""
+        stage = self.stages[number]
+        x = ProbeInput.of(
+            seen.hidden[stage.layer][row : row + 1, columns],
+            seen.hidden[0][row : row + 1, columns],
+            seen.attention[stage.layer - 1][row : row + 1, :, columns[-stage.window :]][..., columns],
+            torch.from_numpy(self.text.ids[row : row + 1, columns]),
+            torch.ones(1, len(columns), dtype=torch.bool),
+        )
+        return np.asarray(self.probes[number](x)[0].numpy(), np.float32)
+
+    def _same(self, number: int, row: int, columns: Int64, scores: NDArray[np.float32], theirs: Int64) -> bool:
+        """Whether both kept the same; other choices are forgiven only between scores level within the tolerance."""
+        stage, where = self.stages[number], f"at prune layer {self.stages[number].layer}"
+        if not np.isfinite(scores).all():
+            raise VerificationError(f"{self.name}: the probe gives scores that are no numbers {where}. Nothing written")
+        mine = columns[select(scores, int(self.keep[row, number]), stage.sink, stage.window)]
+        odd = sorted(set(mine.tolist()) ^ set(theirs.tolist()))
+        if not odd:
+            return True
+        by_column = dict(zip(columns.tolist(), scores.tolist(), strict=True))
+        values = [by_column.get(i, float("inf")) for i in odd]
+        level = max(values) - min(values) <= self.tolerance * max(1.0, abs(values[0]))
+        if len(mine) != len(theirs) or not level:
+            raise VerificationError(
+                f"{self.name}: graph and torch reference keep different tokens {where}: columns {odd[:8]} with scores "
+                f"{[round(v, 4) for v in values[:8]]}. Nothing was written"
+            )
+        return False
 
 
 def check_pruned(
@@ -170,7 +238,7 @@ def check_pruned(
     tolerance: float,
     name: str,
 ) -> tuple[float, bool]:
-    """Compare a pruned run, one keep ratio per row; returns (logits difference, same tokens kept). Raises VerificationError."""
+    """Compare a pruned run, one keep ratio per row; (logits difference, same tokens kept), or VerificationError."""
     keep = np.array(
         [
             [keep_count(int(n), ratio ** ((g + 1) / len(stages)), s.sink, s.window) for g, s in enumerate(stages)]
@@ -179,75 +247,21 @@ def check_pruned(
     )
     kept: dict[int, Int64] = {}
     found = np.zeros(0)
-    for label, results in segments.run(folder, graph, text.calls(keep)):
-        if label.startswith("stage "):
-            kept[int(label.split()[1])] = results[0][f"kept_indices.{label.split()[1]}"]
-        elif label == segments.TAIL:
-            found = np.concatenate([r["logits"] for r in results], 1)
-    same: list[bool] = []
-    total, prompt = text.ids.shape[1], text.prompt
-    current = [np.arange(prompt - n, prompt) for n in text.lengths]
-
-    def stage(number: int) -> Callable[[Seen], None]:
-        def apply(seen: Seen) -> None:
-            layer, sink, window = stages[number].layer, stages[number].sink, stages[number].window
-            bias = torch.full((len(text.ids), total), 0.0)
-            for row, columns in enumerate(current):
-                x = ProbeInput.of(
-                    seen.hidden[layer][row : row + 1, columns],
-                    seen.hidden[0][row : row + 1, columns],
-                    seen.attention[layer - 1][row : row + 1, :, columns[-window:]][..., columns],
-                    torch.from_numpy(text.ids[row : row + 1, columns]),
-                    torch.ones(1, len(columns), dtype=torch.bool),
-                )
-                scores = probes[number](x)[0].numpy()
-                mine = columns[select(scores, int(keep[row, number]), sink, window)]
-                theirs = kept[number + 1][row]
-                theirs = theirs[theirs >= 0]
-                same.append(
-                    _same(
-                        mine, theirs, dict(zip(columns.tolist(), scores.tolist(), strict=True)), name, layer, tolerance
-                    )
-                )
-                current[row] = theirs
-                bias[row, :prompt] = NEVER
-                bias[row, theirs] = 0
-            full = bias[:, None, None, :] * (1 - torch.eye(total))
-            seen.bias.update(dict.fromkeys(range(layer, len(decoder.layers)), full))
-
-        return apply
-
-    with (
-        torch.no_grad(),
-        watch(
-            decoder,
-            hidden=(0, *(s.layer for s in stages)),
-            attention=tuple(s.layer - 1 for s in stages),
-            before={s.layer: stage(i) for i, s in enumerate(stages)},
-        ),
-    ):
-        wanted = text.forward(decoder).numpy()
-    gap = difference(found, wanted)
+    for segment, results in segments.run(folder, graph, text.calls(keep)):
+        if segment.label.startswith("stage "):
+            number = int(segment.label.split()[1])
+            kept[number] = np.asarray(results[0][f"kept_indices.{number}"], np.int64)
+        elif segment.label == segments.TAIL:
+            found = np.concatenate([np.asarray(r["logits"], np.float32) for r in results], 1)
+    reference = _Pruned(text, stages, probes, keep, kept, len(decoder.layers), tolerance, name)
+    gap = difference(found, reference.forward(decoder))
     if gap > tolerance:
         raise VerificationError(
-            f"{name}: with token pruning the exported graph's logits differ from the torch reference by {gap:.2g} (at most {tolerance:.2g}), "
-            f"though the dense graph agrees: the difference starts at a prune layer ({', '.join(str(s.layer) for s in stages)}). Nothing was written"
+            f"{name}: with token pruning the exported graph's logits differ from the torch reference by {gap:.2g} (at "
+            f"most {tolerance:.2g}), though the dense graph agrees: the difference starts at a prune layer "
+            f"({', '.join(str(s.layer) for s in stages)}). Nothing was written"
         )
-    return gap, all(same)
-
-
-def _same(mine: Int64, theirs: Int64, scores: Mapping[int, float], name: str, layer: int, tolerance: float) -> bool:
-    """Whether both kept the same; a difference is forgiven only between tokens whose scores are level within the tolerance."""
-    odd = sorted(set(mine.tolist()) ^ set(theirs.tolist()))
-    if not odd:
-        return True
-    values = [scores.get(i, float("nan")) for i in odd]
-    if len(mine) != len(theirs) or not max(values) - min(values) <= tolerance * max(1.0, abs(values[0])):
-        raise VerificationError(
-            f"{name}: graph and torch reference keep different tokens at prune layer {layer}: columns {odd[:8]} with scores "
-            f"{[round(v, 4) for v in values[:8]]}. Nothing was written"
-        )
-    return False
+    return gap, all(reference.same)
 
 
 def verify(
@@ -265,16 +279,22 @@ def verify(
 ) -> Verification:
     """All checks. prompts: real ones to use beside random ids; long ones are cut to 256 tokens."""
     rng = np.random.default_rng(seed)
-    longest = max(2, min(48, max_positions - DECODE_STEPS))
+    config: Any = decoder.model.config
+    windows = [w + 8 for w in layer_windows(config.get_text_config(decoder=True)) if w is not None]
     forced = max((s.sink + s.window for s in stages), default=0)
-    longest = max(longest, min(3 * forced, max_positions - DECODE_STEPS))
+    limit = max(2, max_positions - DECODE_STEPS)
+    longest = min(limit, max(48, 3 * forced, *(w for w in windows if w <= LONGEST_RUN), 0))
     chosen: list[Sequence[int]] = [rng.integers(0, vocab_size, n).tolist() for n in (longest, max(1, longest - 7))]
-    chosen += [list(p)[: min(256, max_positions - DECODE_STEPS)] for p in prompts[:2]]
+    chosen += [list(p)[: min(256, limit)] for p in prompts[:2] if len(p)]
     text = Text.of(chosen, rng.integers(0, vocab_size, (len(chosen), DECODE_STEPS)))
     tolerance = TOLERANCE[dtype]
-    dense, by_layer = check_dense(folder, graph, decoder, text, len(stages), tolerance, name)
-    pruned, kept_equal = None, None
-    if stages:
-        keeps = [(0.5, 0.4, 0.7, 0.25)[i % 4] for i in range(len(chosen))]
-        pruned, kept_equal = check_pruned(folder, graph, decoder, text, stages, probes, keeps, tolerance, name)
+    try:
+        check_masks(decoder, name)
+        dense, by_layer = check_dense(folder, graph, decoder, text, len(stages), tolerance, name)
+        pruned, kept_equal = None, None
+        if stages:
+            keeps = [(0.5, 0.4, 0.7, 0.25)[i % 4] for i in range(len(chosen))]
+            pruned, kept_equal = check_pruned(folder, graph, decoder, text, stages, probes, keeps, tolerance, name)
+    except segments.SegmentError as error:
+        raise VerificationError(f"{name}, {dtype}: {error}. Nothing was written") from error
     return Verification(tolerance, dense, by_layer, pruned, kept_equal, len(chosen))

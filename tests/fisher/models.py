@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed; it comes with the 'export' extra")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed; it comes with 'export'")
+pytest.importorskip("torch", reason="torch is not installed; it comes with the 'export' extra")
+pytest.importorskip("transformers", reason="transformers is not installed; it comes with the 'export' extra")
+
+import torch
+import transformers
 
 VOCABULARY, WIDTH, LAYERS, HEADS = 60, 32, 4, 4
 SHARED = {

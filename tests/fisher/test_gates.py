@@ -1,4 +1,4 @@
-"""fstq_infer.fisher.gates and hooks: sensitivities against finite differences, batches, families, and no traces left."""
+"""fstq_infer.fisher.gates and hooks: sensitivities against finite differences, batches, families, no traces left."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed; it comes with the 'export' extra")
+pytest.importorskip("torch", reason="torch is not installed; it comes with the 'export' extra")
 
-from fstq_infer.errors import UnsupportedModelError  # noqa: E402
-from fstq_infer.fisher.gates import observe, outcome, run  # noqa: E402
-from fstq_infer.fisher.hooks import Decoder, causal_bias, watch  # noqa: E402
-from fstq_infer.fisher.items import Item, batches, collate  # noqa: E402
+import torch
 
-from .models import FAMILIES, HEADS, LAYERS, VOCABULARY, WIDTH, tiny, tokens  # noqa: E402
+from fstq_infer.errors import UnsupportedModelError
+from fstq_infer.fisher.gates import observe, outcome, run
+from fstq_infer.fisher.hooks import Decoder, causal_bias, watch
+from fstq_infer.fisher.items import Item, batches, collate
+
+from .models import FAMILIES, HEADS, LAYERS, VOCABULARY, WIDTH, tiny, tokens
 
 STEP = 1e-2  # norms and softmax are in single precision even in a model of doubles
 ITEM = Item(tokens(14, seed=1), tokens(3, seed=2))
@@ -59,7 +61,7 @@ def test_gate_score_is_the_squared_finite_difference(llama: Decoder, layer: int)
 
 
 def test_gate_score_of_a_layer_gates_all_layers_from_it_on(llama: Decoder) -> None:
-    """Row l is the squared sum of single-layer gradients from layer l on, and that of one gate shared by these layers."""
+    """Row l is the squared sum of the single-layer gradients from l on, as of one gate shared by these layers."""
     score = observe(llama, [ITEM], (2,), 4)[0].gate.double()
     assert score.shape == (LAYERS, len(ITEM.prompt))
 
@@ -242,5 +244,7 @@ def test_batches_cover_every_item_once_within_bounds() -> None:
         assert batch.ids.numel() <= 256 and len(indices) == len(batch.ids) <= 6
         for row, index in enumerate(indices):
             assert batch.ids[row, batch.valid[row]].tolist() == [*items[index].prompt, *items[index].answer]
+    crossed = [Item((2,) * n, (3,) * (41 - n)) for n in (1, 40) * 6]  # as long as each other, but not when padded
+    assert all(batch.ids.numel() <= 256 for _, batch in batches(crossed, tokens=256))
     (only,) = batches([Item((2,) * 300, (3,))], tokens=256)
     assert only[0] == [0]

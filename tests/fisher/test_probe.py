@@ -7,16 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed; it comes with the 'export' extra")
+pytest.importorskip("torch", reason="torch is not installed; it comes with the 'export' extra")
 
-from fstq_infer.fisher import train  # noqa: E402
-from fstq_infer.fisher.gates import observe  # noqa: E402
-from fstq_infer.fisher.hooks import Decoder  # noqa: E402
-from fstq_infer.fisher.items import Item, collate  # noqa: E402
-from fstq_infer.fisher.probe import EPSILON, Probe, ProbeInput, lexical  # noqa: E402
-from fstq_infer.fisher.select import keep_count, select  # noqa: E402
+import torch
 
-from .models import HEADS, LAYERS, WIDTH, tiny, tokens  # noqa: E402
+from fstq_infer.fisher import train
+from fstq_infer.fisher.gates import observe
+from fstq_infer.fisher.hooks import Decoder
+from fstq_infer.fisher.items import Item, collate
+from fstq_infer.fisher.probe import EPSILON, Probe, ProbeInput, lexical
+from fstq_infer.fisher.select import keep_count, select
+
+from .models import HEADS, LAYERS, WIDTH, tiny, tokens
 
 WINDOW = 6
 LENGTHS = (31, 4, 12, 6, 1, 20)
@@ -233,6 +235,17 @@ def test_tune_lowers_its_loss_and_leaves_the_model_alone(frozen: bool) -> None:
     assert all(p.grad is None and p.requires_grad != frozen for p in model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_answers_reach_every_part_of_the_probe() -> None:
+    """The gradient of the cross-entropy alone, through the frozen layers and the gates."""
+    items = [Item(tokens(n, seed=n), tokens(2, seed=n)) for n in (19, 24)]
+    decoder = Decoder.of(tiny())
+    probe = random_probe()
+    gates = train.SoftGates(probe, range(2, LAYERS), collate(items), [0.5, 0.25], 1, 0.5)
+    loss = train.gated_loss(decoder, gates, observe(decoder, items, (2,), WINDOW)) - 2 * gates.excess
+    for gradient in torch.autograd.grad(loss, list(probe.parameters())):
+        assert gradient.isfinite().all() and (gradient != 0).any()
 
 
 def test_open_gates_cost_the_dense_cross_entropy() -> None:

@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed; it comes with the 'export' extra")
+pytest.importorskip("torch", reason="torch is not installed; it comes with the 'export' extra")
 
-from fstq_infer.fisher.gates import outcome, run  # noqa: E402
-from fstq_infer.fisher.hooks import Decoder, watch  # noqa: E402
-from fstq_infer.fisher.items import Item, collate  # noqa: E402
-from fstq_infer.fisher.prune import drop_bias, pruned_outcome  # noqa: E402
-from fstq_infer.fisher.select import keep_count, select  # noqa: E402
+import torch
 
-from .models import FAMILIES, LAYERS, tiny, tokens  # noqa: E402
+from fstq_infer.fisher.gates import outcome, run
+from fstq_infer.fisher.hooks import Decoder, watch
+from fstq_infer.fisher.items import Item, collate
+from fstq_infer.fisher.prune import drop_bias, pruned_outcome
+from fstq_infer.fisher.select import keep_count, select
+
+from .models import FAMILIES, LAYERS, tiny, tokens
 
 ITEMS = [Item(tokens(n, seed=n), tokens(a, seed=a)) for n, a in ((24, 3), (9, 5), (17, 1), (30, 4), (5, 2))]
 SINK, WINDOW = 1, 4

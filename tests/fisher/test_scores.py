@@ -42,7 +42,7 @@ def test_only_random_depends_on_the_seed(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in SCORES if name != "random"])
 def test_scores_follow_their_tokens(name: str) -> None:
-    """Scores are of the prompt alone: the last 30 tokens of 50 get theirs from their own evidence (away from the cut)."""
+    """Scores are local: the last 30 tokens of 50 get theirs from their own evidence (away from the cut)."""
     given = evidence(50)
     assert given.gate is not None and given.embedding is not None and given.probe is not None
     part = Evidence(given.attention[..., 20:], given.gate[20:], given.embedding[20:], given.probe[20:], given.seed)

@@ -47,7 +47,7 @@ def test_select(values: np.ndarray, data: st.DataObject, sink: int, window: int)
     keep = data.draw(st.integers(min(size, max(1, sink + window)), size))
     kept = select(values, keep, sink, window)
     assert kept.dtype == np.int64 and len(kept) == keep
-    assert (np.diff(kept) > 0).all() and 0 <= kept[0] and kept[-1] < size
+    assert (np.diff(kept) > 0).all() and kept[0] >= 0 and kept[-1] < size
     must = {*range(min(sink, size)), *range(max(0, size - window), size)}
     assert must <= set(kept.tolist())
     chosen = set(kept.tolist()) - must

@@ -21,8 +21,6 @@ from fstq_infer.runtime.engine import Int64, Stage, Step
 from fstq_infer.runtime.load import open_engine
 from fstq_infer.runtime.ort import OrtEngine
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 @pytest.fixture(scope="module")
 def engine(tiny_bundle: Bundle) -> OrtEngine:

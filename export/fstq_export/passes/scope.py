@@ -90,7 +90,7 @@ def crossing(graph: ir.Graph, layer: int) -> Crossing:
             )
         return Crossing(0, residual, tuple(v for v in side if v is not residual))
     if len(early) != 1:
-        names = ", ".join(sorted(str(v.name) for v in early)) or "none"
+        names = ", ".join(sorted(str(v.name) for v in early)[:4]) or "none"
         raise UnsupportedModelError(
             f"expected one tensor to cross from decoder layer {layer - 1} to {layer}, found {len(early)}: {names}"
         )
