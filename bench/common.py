@@ -27,7 +27,12 @@ def shared(path: str) -> Path:
 
 def target(value: float, wanted: float, at_least: bool = True) -> dict[str, Any]:
     """A measured figure beside what was asked for."""
-    return {"value": round(value, 4), "target": wanted, "at_least": at_least, "met": value >= wanted if at_least else value <= wanted}
+    return {
+        "value": round(value, 4),
+        "target": wanted,
+        "at_least": at_least,
+        "met": value >= wanted if at_least else value <= wanted,
+    }
 
 
 def write(name: str, command: str, rows: list[dict[str, Any]], targets: dict[str, dict[str, Any]]) -> None:

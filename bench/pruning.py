@@ -51,7 +51,17 @@ def main() -> None:
         # The checkpoint is made in another process, so that its memory is not counted.
         timed([sys.executable, __file__, "--make", str(work / "model")])
         bundle = work / "model.bundle"
-        export = [*fstq, "export", str(work / "model"), "--out", str(bundle), "--prune-layer", str(LAYER), "--keep", "0.25"]
+        export = [
+            *fstq,
+            "export",
+            str(work / "model"),
+            "--out",
+            str(bundle),
+            "--prune-layer",
+            str(LAYER),
+            "--keep",
+            "0.25",
+        ]
         seconds, peak = timed(export)
         build_seconds, build_peak = timed([*fstq, "build", str(bundle)])
         out = work / "bench.json"
@@ -60,7 +70,14 @@ def main() -> None:
         rows = json.loads(out.read_text())["rows"]
         dense, pruned = rows[0], rows[-1]
         shutil.rmtree(bundle)
-    rows.append({"export_seconds": seconds, "export_peak_rss": peak, "build_seconds": build_seconds, "build_peak_rss": build_peak})
+    rows.append(
+        {
+            "export_seconds": seconds,
+            "export_peak_rss": peak,
+            "build_seconds": build_seconds,
+            "build_peak_rss": build_peak,
+        }
+    )
     write(
         "pruning",
         "python bench/pruning.py",
@@ -68,7 +85,9 @@ def main() -> None:
         {
             "export without calibration, seconds": target(seconds, 45, at_least=False),
             "export peak RSS, GB": target(peak / 1e9, 2.5, at_least=False),
-            "prefill at keep 25 % from layer L/4 over dense, fp32": target(dense["prefill_s"] / pruned["prefill_s"], 2.0),
+            "prefill at keep 25 % from layer L/4 over dense, fp32": target(
+                dense["prefill_s"] / pruned["prefill_s"], 2.0
+            ),
         },
     )
 

@@ -1,4 +1,4 @@
-"""Recall questions through the exported engine: exact match of greedy answers, dense and pruned, beside baselines (torch).
+"""Recall questions through the exported engine: exact match of greedy answers, beside baselines (measured in torch).
 
 python bench/recall.py      about 4 minutes on 2 cores; writes results/recall.json
 """
@@ -9,11 +9,11 @@ import tempfile
 from pathlib import Path
 
 from common import shared, target, write
-
 from fstq_export import data
 from fstq_export.calibrate import Recipe
 from fstq_export.command import bars
 from fstq_export.pipeline import Request, export
+
 from fstq_infer import Generator
 
 KEEPS = (1.0, 0.5, 0.25)
@@ -24,10 +24,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fstq-bench-") as scratch:
         with bars() as progress:
             done = export(Request(str(model), Path(scratch) / "b", Recipe(), items / "calib.jsonl"), progress)
-        # The engine answers at any keep ratio once the graph has a stage; prune before layer 2 even if the contract chose dense.
+        # Once the graph has a stage the engine answers at any keep ratio, also where the contract chose dense.
         if not done.report["graph"]["stages"]:
             with bars() as progress:
-                done = export(Request(str(model), Path(scratch) / "c", Recipe(prune_layer=2, keep=0.5), items / "calib.jsonl"), progress)
+                done = export(
+                    Request(str(model), Path(scratch) / "c", Recipe(prune_layer=2, keep=0.5), items / "calib.jsonl"),
+                    progress,
+                )
         generator = Generator.load(done.path)
         examples = data.read(items / "val.jsonl")
         exact = {keep: 0 for keep in KEEPS}
@@ -36,14 +39,19 @@ def main() -> None:
                 result = generator.generate(example.prompt, keep=keep, max_tokens=16, stop=["."])
                 exact[keep] += result.text.strip() == str(example.answer).rstrip(".")
     calibration = done.report["calibration"]
-    rows = [{"name": f"engine, keep {keep}", "exact": hits / len(examples), "items": len(examples)} for keep, hits in exact.items()]
+    rows = [
+        {"name": f"engine, keep {keep}", "exact": hits / len(examples), "items": len(examples)}
+        for keep, hits in exact.items()
+    ]
     rows += [
         {"name": f"{name}, keep {row['keep']}, held-out part of calib.jsonl", "exact": row["exact"]}
         for name, curve in calibration["curves"].items()
         for row in curve
     ]
     rows.append({"name": "export", "seconds": done.seconds, "peak_rss": done.peak_rss, "steps": calibration["seconds"]})
-    at_half = {name: next(r["exact"] for r in curve if r["keep"] == 0.5) for name, curve in calibration["curves"].items()}
+    at_half = {
+        name: next(r["exact"] for r in curve if r["keep"] == 0.5) for name, curve in calibration["curves"].items()
+    }
     write(
         "recall",
         "python bench/recall.py",

@@ -1,4 +1,4 @@
-"""The command line, ``fstq``. Each command checks nothing itself: it hands over to its module, imported when it runs."""
+"""The command line, ``fstq``. A command checks nothing itself: it hands over to its module, imported when it runs."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ app = typer.Typer(
 )
 errors = Console(stderr=True, highlight=False)
 
+CALIB_HELP = (
+    "Calibration data: JSON lines with prompt/answer or context/question/answer, or plain text lines. "
+    "Without it nothing is known of quality, and the bundle is dense."
+)
 Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all that this process may use.")]
@@ -70,9 +74,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The bundle to write.", show_default=False)],
     calib: Annotated[
         Path | None,
-        typer.Option(
-            help="Calibration data: JSON lines with prompt/answer or context/question/answer, or plain text lines. Without it nothing is known of quality and the bundle is dense."
-        ),
+        typer.Option(help=CALIB_HELP),
     ] = None,
     prune_layer: Annotated[
         str, typer.Option(help="Prune before this decoder layer, or 'auto' (needs --calib).")
@@ -93,7 +95,9 @@ def export(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    score: Annotated[str, typer.Option(help="Sensitivity that the probe learns: gate, embedding, or auto: what measures best.")] = "auto",
+    score: Annotated[
+        str, typer.Option(help="Sensitivity that the probe learns: gate, embedding, or auto: what measures best.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything that draws.")] = 0,
     sink: Annotated[int, typer.Option(help="So many first prompt tokens always stay.")] = 1,
     window: Annotated[

@@ -35,9 +35,8 @@ def build(path: Path, *, backend: str, force: bool, threads: int | None, json: b
         out.print_json(data={"engine": str(engine), **sidecar})
         return
     out.print(f"engine: {engine}")
-    out.print(
-        f"built in {sidecar.get('build_seconds', 0):.1f} s with {sidecar.get('backend')} {sidecar.get('version')}; agrees with its bundle"
-    )
+    made = f"{sidecar['build_seconds']:.1f} s with {sidecar['backend']} {sidecar['version']}"
+    out.print(f"built in {made}; agrees with its bundle")
 
 
 def run(
@@ -67,7 +66,8 @@ def run(
         out.print(kept_text(generator, result))
     t = result.timings
     notes.print(
-        f"{len(result.kept)} of {len(result.prompt_tokens)} prompt tokens kept, first token after {t.time_to_first_token_s:.3f} s, "
+        f"{len(result.kept)} of {len(result.prompt_tokens)} prompt tokens kept, "
+        f"first token after {t.time_to_first_token_s:.3f} s, "
         f"{t.tokens_per_s:.1f} tokens/s, ended by {result.finish}",
         style="dim",
     )

@@ -1,4 +1,4 @@
-"""What the distribution promises as a whole: its contents, its import cost, one-way imports, and the CLI from a real wheel."""
+"""What the distribution promises as a whole: contents, import cost, one-way imports, the CLI from a real wheel."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_installed_wheel_runs_export(wheel: Path, tmp_path: Path) -> None:
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
-    # Only the unpacked wheel, not the editable checkout, may provide the packages: -P and an emptied sys.path entry do that.
+    # Only the unpacked wheel, not the editable checkout, may provide the packages.
     code = (
         "import sys; sys.path[:0] = [sys.argv.pop(1)]; "
         "sys.path = [p for p in sys.path if 'main' not in p or 'site' in p]; "
@@ -71,7 +71,10 @@ def test_no_package_named_jetson() -> None:
 
 
 def test_import_is_light() -> None:
-    code = f"import sys, time; t = time.perf_counter(); import fstq_infer; print(time.perf_counter() - t, [m for m in {HEAVY!r} if m in sys.modules])"
+    code = (
+        "import sys, time; t = time.perf_counter(); import fstq_infer; "
+        f"print(time.perf_counter() - t, [m for m in {HEAVY!r} if m in sys.modules])"
+    )
     outputs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         for _ in range(3)

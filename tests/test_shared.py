@@ -13,6 +13,7 @@ pytest.importorskip("onnxruntime", reason="engines need the 'ort' extra")
 from fstq_export import data
 from fstq_export.calibrate import Recipe
 from fstq_export.pipeline import Request, export
+
 from fstq_infer import Generator
 
 SHARED = Path(os.environ.get("FSTQ_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -40,7 +41,9 @@ def test_stories_greedy_equals_transformers_token_by_token(tmp_path: Path) -> No
         wanted = reference.generate(**ids, max_new_tokens=120, do_sample=False)[0, ids.input_ids.shape[1] :].tolist()
         result = generator.generate(prompt, keep=1.0, max_tokens=120)
         assert list(result.tokens) == wanted
-        assert result.text == tokenizer.decode(ids.input_ids[0].tolist() + wanted, skip_special_tokens=True)[len(prompt) :]
+        assert (
+            result.text == tokenizer.decode(ids.input_ids[0].tolist() + wanted, skip_special_tokens=True)[len(prompt) :]
+        )
     together = generator.generate(list(PROMPTS), keep=1.0, max_tokens=30)
     alone = [generator.generate(prompt, keep=1.0, max_tokens=30) for prompt in PROMPTS]
     assert [r.tokens for r in together] == [r.tokens for r in alone]

@@ -1,8 +1,8 @@
 """Calibration: which tokens matter, where to prune, how many to keep, and what it costs.
 
-Items are split into training and held-out ones. On the training items the dense model is observed and probes are distilled, one for
-each candidate layer and sensitivity; the best is tuned. On the held-out items settings are measured, and the cheapest one that keeps
-the allowed quality is chosen.
+Items are split into training and held-out ones. On the training items the dense model is observed and probes are
+distilled, one for each candidate layer and sensitivity. On the held-out items settings are measured, and the cheapest
+one that keeps the allowed quality is chosen.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Calibrator:
         trials = list(self._distilled(seen, held, dense))
         best = min(trials, key=lambda trial: self._rating(trial, dense))
         if best.score == "gate":
-            # Tuning lifts gate-distilled probes; those distilled from embedding scores lost by it at every setting tried.
+            # Tuning lifts gate-distilled probes; those distilled from embedding scores lost by it at every setting.
             tuned = self._tuned(best, seen, held)
             best = min((tuned, best), key=lambda trial: self._rating(trial, dense))
         keep, met = self._choose_keep(best, dense)
@@ -217,7 +217,7 @@ class Calibrator:
         return drop(dense, self._measure(trial.name, trial, keep), dense.metric)
 
     def _choose_keep(self, trial: Trial, dense: Outcome) -> tuple[float, bool]:
-        """(keep ratio, contract met). Automatic: from the largest down as long as the drop is allowed; none: 1 (dense)."""
+        """(keep ratio, contract met). Automatic: from the largest down while the drop is allowed; none: 1 (dense)."""
         wanted, allowed = self.recipe.keep, self.recipe.max_quality_drop
         if wanted is not None:
             return wanted, wanted == 1 or self._drop(trial, wanted, dense) <= allowed

@@ -83,10 +83,8 @@ def show(done: Done, json: bool) -> None:
     checked = done.report["verification"]
     pruned = checked["pruned"]
     agrees = f"; pruned within {pruned['logits']:.1e}" if pruned else ""
-    out.print(
-        f"verified: logits within {checked['dense']['logits']:.1e} of Transformers over prefill and {checked['decode_steps']} decode steps{agrees}"
-    )
-    out.print(
-        f"bundle {done.path}: {done.report['graph']['bytes'] / 2**20:.1f} MiB, {done.seconds:.1f} s, peak memory {done.peak_rss / 2**30:.2f} GiB"
-    )
+    steps = f"prefill and {checked['decode_steps']} decode steps"
+    out.print(f"verified: logits within {checked['dense']['logits']:.1e} of Transformers over {steps}{agrees}")
+    size, memory = done.report["graph"]["bytes"] / 2**20, done.peak_rss / 2**30
+    out.print(f"bundle {done.path}: {size:.1f} MiB, {done.seconds:.1f} s, peak memory {memory:.2f} GiB")
     out.print(f"next: fstq run {done.path} 'your prompt'        evidence: {done.path / 'report.html'}")

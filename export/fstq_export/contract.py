@@ -61,7 +61,7 @@ def relative_cost(layer: int, layers: int, keep: float) -> float:
 
 
 def split(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
-    """(training, held-out): a fifth is held out, at most 300. Raises CalibrationDataError when there are too few items."""
+    """(training, held-out): a fifth is held out, at most 300. Raises CalibrationDataError for too few items."""
     if len(items) < FEWEST:
         raise CalibrationDataError(
             f"found {len(items)} usable calibration items; at least {FEWEST} are needed, "

@@ -1,7 +1,8 @@
-"""``fstq export``: checkpoint -> calibrated, token-pruned, verified bundle. Each step is a few lines; the work is elsewhere."""
+"""``fstq export``: checkpoint -> calibrated, token-pruned, verified bundle. Knows the order of the steps."""
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import logging
 import resource
@@ -51,7 +52,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to export. calib: calibration file or None. max_prompt: longest calibration prompt in tokens. calib_items: at most so many."""
+    """What to export. calib: calibration file; of it at most calib_items prompts of at most max_prompt tokens."""
 
     model: str
     out: Path
@@ -124,6 +125,7 @@ class Export:
             with self._step("write weights"):
                 decoder.save(graph, writer.path)
             del graph
+            gc.collect()  # the checkpoint stays mapped as long as the graph is referenced
             with self._step("verify"):
                 checked = self._verify(model, writer.path, stages, held, tokens)
             with self._step("write bundle"):
@@ -160,7 +162,7 @@ class Export:
             return calibrator.run(), calibrator.held, len(items) - len(fitting)
 
     def _stages(self, model: Source, calibration: Calibration | None) -> list[PruneStage]:
-        """The pruning stages to build: none when the contract failed and the user named no layer (the bundle is dense then)."""
+        """The stages to build: none (a dense bundle) when the contract failed and neither layer nor keep was named."""
         recipe = self.request.recipe
         if calibration is not None:
             if not calibration.met and recipe.prune_layer is None and recipe.keep is None:
@@ -169,12 +171,14 @@ class Export:
         if recipe.prune_layer is None:
             if recipe.keep is not None and recipe.keep < 1:
                 raise OptionError(
-                    "keep is set but there is neither calibration data nor a prune layer; add --calib FILE or --prune-layer N"
+                    "keep is set, but there is neither calibration data nor a prune layer; "
+                    "add --calib FILE or --prune-layer N"
                 )
             return []
         if not 0 < recipe.prune_layer < model.layers:
             raise OptionError(
-                f"prune-layer is {recipe.prune_layer}; this model has {model.layers} decoder layers, expected 1 to {model.layers - 1}"
+                f"prune-layer is {recipe.prune_layer}; this model has {model.layers} decoder layers, "
+                f"expected 1 to {model.layers - 1}"
             )
         config = model.config
         torch.manual_seed(recipe.seed)
@@ -321,5 +325,6 @@ def export(request: Request, progress: Progress = lambda _name, _done, _total: N
         return Export(request, progress).run()
     except MemoryError as error:
         raise ExportError(
-            "memory ran out during the export; calibrate with fewer items (--calib-items) or shorter prompts (--max-prompt)"
+            "memory ran out during the export; calibrate with fewer items (--calib-items) "
+            "or shorter prompts (--max-prompt)"
         ) from error

@@ -18,6 +18,8 @@ pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
 from fstq_export.calibrate import Recipe
 from fstq_export.contract import Outcome, candidate_layers, drop, interval, relative_cost, split
 from fstq_export.pipeline import Request, export
+from tests.export.families import make
+
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import (
     BundleExistsError,
@@ -28,7 +30,6 @@ from fstq_infer.errors import (
     UnsupportedModelError,
 )
 from fstq_infer.fisher.items import Item
-from tests.export.families import make
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(0)
-    words = "the cat sat on a mat while two dogs ran over old hills".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "over", "old", "hills"]
     path = tmp_path_factory.mktemp("calib") / "items.jsonl"
-    rows = [{"prompt": " ".join(rng.choices(words, k=rng.randint(12, 30))), "answer": " ".join(rng.choices(words, k=2))} for _ in range(40)]
+    rows = [
+        {"prompt": " ".join(rng.choices(words, k=rng.randint(12, 30))), "answer": " ".join(rng.choices(words, k=2))}
+        for _ in range(40)
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
@@ -68,7 +72,8 @@ def test_an_explicit_layer_prunes_without_calibration(llama: Path, tmp_path: Pat
 def test_calibrated_export_measures_the_contract_and_baselines(llama: Path, calib: Path, tmp_path: Path) -> None:
     seen: dict[str, tuple[int, int]] = {}
     done = export(
-        Request(str(llama), tmp_path / "b", Recipe(prune_layer=1, keep=0.5), calib), lambda name, n, of: seen.__setitem__(name, (n, of))
+        Request(str(llama), tmp_path / "b", Recipe(prune_layer=1, keep=0.5), calib),
+        lambda name, n, of: seen.__setitem__(name, (n, of)),
     )
     calibration = done.report["calibration"]
     assert {"random", "recency", "last-token", "window", "probe"} <= calibration["curves"].keys()
@@ -88,7 +93,9 @@ def test_the_same_seed_gives_the_same_probe(llama: Path, calib: Path, tmp_path: 
     assert files[0] == files[1]
 
 
-def test_an_impossible_contract_exports_dense(llama: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_contract_exports_dense(
+    llama: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fstq_export.calibrate.drop", lambda *_: 0.5)
     done = export(Request(str(llama), tmp_path / "b", Recipe(max_quality_drop=0.01), calib))
     assert Bundle.open(tmp_path / "b").manifest.stages == ()
@@ -136,9 +143,11 @@ def test_existing_output_is_refused_before_any_work_and_replaced_by_force(llama:
 
 def test_unsupported_models_are_named(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
     transformers.BertModel(config).save_pretrained(tmp_path / "m")
-    with pytest.raises((UnsupportedModelError, ExportError), match="(?i)bert"):
+    with pytest.raises((UnsupportedModelError, ExportError), match=r"(?i)bert"):
         export(Request(str(tmp_path / "m"), tmp_path / "b"))
     assert not (tmp_path / "b").exists()
 
@@ -148,7 +157,8 @@ def test_killed_in_the_middle_nothing_half_is_left(llama: Path, tmp_path: Path, 
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom fstq_export import pipeline, decoder\n"
         "save = decoder.save\n"
-        "def slow(model, folder):\n    save(model, folder)\n    Path(sys.argv[2] + '.ready').touch()\n    time.sleep(60)\n"
+        "def slow(model, folder):\n    save(model, folder)\n"
+        "    Path(sys.argv[2] + '.ready').touch()\n    time.sleep(60)\n"
         "decoder.save = slow\n"
         "pipeline.export(pipeline.Request(sys.argv[1], Path(sys.argv[2])))\n"
     )
@@ -181,4 +191,6 @@ def test_policy_pieces() -> None:
     assert low <= 0.1 <= high and low < high
     items = [Item((i,), (i,)) for i in range(100)]
     training, held = split(items, 1)
-    assert len(held) == 20 and not set(training) & set(held) and sorted(training + held, key=lambda i: i.prompt) == items
+    assert (
+        len(held) == 20 and not set(training) & set(held) and sorted(training + held, key=lambda i: i.prompt) == items
+    )

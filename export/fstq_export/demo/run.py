@@ -1,4 +1,4 @@
-"""``fstq demo``: calibrate, export, build and answer, dense and pruned side by side, on a model that comes with the package."""
+"""``fstq demo``: calibrate, export, build and answer, dense and pruned side by side, on the model that comes along."""
 
 from __future__ import annotations
 
