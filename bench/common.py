@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fstq_infer.runtime.bench import machine
+from fstq_infer.machine import description
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHARED = Path(os.environ.get("FSTQ_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -38,7 +38,7 @@ def target(value: float, wanted: float, at_least: bool = True) -> dict[str, Any]
 def write(name: str, command: str, rows: list[dict[str, Any]], targets: dict[str, dict[str, Any]]) -> None:
     """results/NAME.json, and a line for each target on standard output."""
     RESULTS.mkdir(exist_ok=True)
-    content = {"machine": machine(), "command": command, "rows": rows, "targets": targets}
+    content = {"machine": description(), "command": command, "rows": rows, "targets": targets}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for what, figure in targets.items():

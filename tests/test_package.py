@@ -32,36 +32,21 @@ def test_wheel_top_level_is_exactly_the_three_packages(wheel: Path) -> None:
 
 def test_installed_wheel_runs_export(wheel: Path, tmp_path: Path) -> None:
     pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
-    transformers = pytest.importorskip("transformers")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    from tests.export.families import save_tokenizer
+    from tests.export.families import make
 
-    config = transformers.LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    save_tokenizer(tmp_path / "model")
-    # Only the unpacked wheel, not the editable checkout, may provide the packages.
+    make("llama", tmp_path / "model")
+    # PYTHONPATH comes before an editable checkout, so the packages are the unpacked wheel's.
     code = (
-        "import sys; sys.path[:0] = [sys.argv.pop(1)]; "
-        "sys.path = [p for p in sys.path if 'main' not in p or 'site' in p]; "
-        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; "
-        "import fstq_infer.cli, fstq_infer; assert 'site' in fstq_infer.__file__; fstq_infer.cli.main(sys.argv[1:])"
+        "import sys, fstq_infer.cli, fstq_infer.bundle, fstq_export.pipeline, fstq_engines; "
+        "homes = {m.__file__.startswith(sys.argv[1]) for m in (fstq_infer, fstq_export, fstq_engines)}; "
+        "sys.exit('not from the wheel') if homes != {True} else fstq_infer.cli.main(sys.argv[2:])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(site), "export", str(tmp_path / "model"), "--out", str(tmp_path / "b")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-c", code, str(site), "export", str(tmp_path / "model"), "--out", str(tmp_path / "b")]
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "b" / "manifest.json").is_file()
 

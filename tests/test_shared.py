@@ -41,9 +41,7 @@ def test_stories_greedy_equals_transformers_token_by_token(tmp_path: Path) -> No
         wanted = reference.generate(**ids, max_new_tokens=120, do_sample=False)[0, ids.input_ids.shape[1] :].tolist()
         result = generator.generate(prompt, keep=1.0, max_tokens=120)
         assert list(result.tokens) == wanted
-        assert (
-            result.text == tokenizer.decode(ids.input_ids[0].tolist() + wanted, skip_special_tokens=True)[len(prompt) :]
-        )
+        assert result.text == tokenizer.decode(wanted, skip_special_tokens=True)
     together = generator.generate(list(PROMPTS), keep=1.0, max_tokens=30)
     alone = [generator.generate(prompt, keep=1.0, max_tokens=30) for prompt in PROMPTS]
     assert [r.tokens for r in together] == [r.tokens for r in alone]

@@ -13,7 +13,6 @@ import gc
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from fstq_engines.external import check_external_data
 from fstq_infer.atomic import atomic_directory, sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
 from fstq_infer.errors import BundleError, EngineError
+from fstq_infer.machine import peak_rss
 from fstq_infer.runtime.ort import MODEL, OrtEngine, brief, import_onnxruntime, session_options
 
 BACKEND, WEIGHTS = "onnxruntime", "model.onnx.data"
@@ -153,12 +153,3 @@ def _optimise(bundle: Bundle, out: Path, threads: int | None) -> None:
         raise EngineError(
             f"onnxruntime {ort.__version__} cannot optimise {bundle.file(MODEL)}: {brief(error)}"
         ) from error
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, bytes; 0 where it is not known."""
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

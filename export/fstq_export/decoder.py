@@ -19,6 +19,7 @@ from fstq_export.reference import rotary_module
 from fstq_export.source import Source
 from fstq_infer.errors import ExportError, FstqError, UnsupportedModelError
 
+OPSET, IR_VERSION = 23, 10
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ def build_graph(source: Source, dtype: str, stages: Sequence[PruneStage]) -> ir.
             ) from error
     if rotary.mended:
         _log.info("rotary embedding mended from the model's own: %s", ", ".join(rotary.mended))
+    # Nothing in the graph needs opset 24, and ONNX Runtime for Python 3.10 (JetPack 6) ends at opset 23, IR version 10.
+    model.graph.opset_imports[""], model.ir_version = OPSET, IR_VERSION
     return model
 
 

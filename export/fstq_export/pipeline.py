@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import logging
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +27,7 @@ from fstq_infer.errors import ExportError, OptionError
 from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.probe import Probe
 from fstq_infer.fisher.select import keep_count, select
+from fstq_infer.machine import peak_rss
 from fstq_infer.runtime.engine import Stage
 from fstq_infer.runtime.text import TextStream, Tokenizer
 
@@ -79,11 +78,6 @@ class Done:
     report: dict[str, Any]
     seconds: float
     peak_rss: int
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Export:

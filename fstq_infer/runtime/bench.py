@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fstq_infer.errors import OptionError
+from fstq_infer.machine import description, peak_rss
 from fstq_infer.runtime.generate import Generator
 from fstq_infer.runtime.options import keep_counts, keep_ratios
 
@@ -47,29 +45,6 @@ class BenchReport:
     def to_json(self) -> dict[str, Any]:
         """For a file."""
         return asdict(self)
-
-
-def machine() -> dict[str, Any]:
-    """Processor, number of threads this process may use, operating system, Python."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return {
-        "cpu": name,
-        "threads": usable_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
-
-
-def usable_threads() -> int:
-    """CPUs that this process may run on."""
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure(
@@ -111,10 +86,10 @@ def measure(
                 prompt_tokens / prefill,
                 1 / step if step else 0.0,
                 held,
-                _peak_rss(),
+                peak_rss(),
             )
         )
-    return BenchReport(prompt_tokens, new_tokens, repeats, machine(), tuple(rows))
+    return BenchReport(prompt_tokens, new_tokens, repeats, description(), tuple(rows))
 
 
 def _once(generator: Generator, ids: Any, new_tokens: int, keep: float) -> tuple[tuple[float, float, float], int, int]:
@@ -134,7 +109,3 @@ def _once(generator: Generator, ids: Any, new_tokens: int, keep: float) -> tuple
         token = int(step.logits[0].argmax())
     ended = time.perf_counter()
     return (first - began, ended - first, ended - began), kept, step.cache.bytes
-
-
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -18,6 +18,7 @@ import numpy as np
 
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, MissingExtraError, OptionError
+from fstq_infer.machine import physical_cores
 from fstq_infer.runtime.engine import Int64, Stage, Step
 
 MODEL = "model.onnx"
@@ -186,20 +187,6 @@ def session_options(threads: int | None) -> Any:
     options.intra_op_num_threads = threads or physical_cores()
     options.log_severity_level = ERRORS_ONLY
     return options
-
-
-def physical_cores() -> int:
-    """Physical cores that this process may run on; hyperthreads of one core count once."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
 
 
 def _open(ort: ModuleType, path: Path, threads: int | None, provider: str) -> Any:

@@ -1,0 +1,44 @@
+"""What is known of the machine and of this process: processor, usable cores, memory. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may run on; hyperthreads of one core count once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, bytes; 0 where it is not known."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def description() -> dict[str, Any]:
+    """Processor, usable cores, operating system and Python, for results."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    system = f"{platform.system()} {platform.machine()}"
+    return {"cpu": name, "cores": physical_cores(), "system": system, "python": platform.python_version()}
