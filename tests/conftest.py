@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,18 @@ from fstq_infer.runtime.engine import Stage
 EXTRAS = ("torch", "transformers", "mobius", "onnx_ir", "tokenizers", "onnxruntime")
 STAGES = (Stage(1, 1, 4), Stage(3, 2, 3))
 VOCABULARY, LAYERS, WIDTH, HEADS, POSITIONS = 96, 4, 32, 4, 160
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tests of tiny models use one thread: several only wait for each other there."""
+    torch = sys.modules.get("torch")  # not imported for this: many tests need none
+    before = torch.get_num_threads() if torch else 0
+    if torch:
+        torch.set_num_threads(1)
+    yield
+    if torch:
+        torch.set_num_threads(before)
 
 
 def write_bundle(out: Path, graph: Path, stages: tuple[Stage, ...] = STAGES, **model: Any) -> Bundle:

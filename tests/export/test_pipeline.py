@@ -18,7 +18,6 @@ pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
 from fstq_export.calibrate import Recipe
 from fstq_export.contract import Outcome, candidate_layers, drop, interval, relative_cost, split
 from fstq_export.pipeline import Request, export
-from tests.export.families import make
 
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import (
@@ -30,6 +29,14 @@ from fstq_infer.errors import (
     UnsupportedModelError,
 )
 from fstq_infer.fisher.items import Item
+from tests.export.families import make
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training of probes has tests of its own; here it only has to happen."""
+    monkeypatch.setattr("fstq_export.calibrate.EPOCHS", 2)
+    monkeypatch.setattr("fstq_export.calibrate.STEPS", 6)
 
 
 @pytest.fixture(scope="module")
