@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The CPU build of torch: an unpinned one may pull several GB of CUDA.
 CONSTRAINTS := constraints-cpu.txt
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all lint bench train-demo clean
 
 setup: $(STAMP)
 
@@ -34,7 +34,8 @@ bench: $(STAMP)
 	$(BIN)/python bench/pruning.py
 
 train-demo: $(STAMP)
-	$(BIN)/python -m fstq_export.demo.train --out export/fstq_export/demo/model
+	$(BIN)/python -m fstq_export.demo.train --out $(VENV)/demo-stage-1 --tokens 14000000
+	$(BIN)/python -m fstq_export.demo.train --start $(VENV)/demo-stage-1 --out export/fstq_export/demo/model --tokens 9000000 --longest 380 --rate 0.0015 --seed 8
 
 clean:
 	rm -rf $(VENV) demo-out dist build

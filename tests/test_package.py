@@ -112,7 +112,6 @@ def test_imports_run_one_way(folder: str, banned: set[str]) -> None:
 
 
 def test_no_asserts_or_prints_outside_tests() -> None:
-    allowed_print = {"train.py"}
     bad = []
     for folder in ("fstq_infer", "export", "engines"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -120,6 +119,6 @@ def test_no_asserts_or_prints_outside_tests() -> None:
                 if isinstance(node, ast.Assert):
                     bad.append(f"{path}:{node.lineno} assert")
                 called = node.func if isinstance(node, ast.Call) else None
-                if isinstance(called, ast.Name) and called.id == "print" and path.name not in allowed_print:
+                if isinstance(called, ast.Name) and called.id == "print":
                     bad.append(f"{path}:{node.lineno} print")
     assert bad == []

@@ -25,8 +25,9 @@ from fstq_infer.runtime.generate import Generator
 from fstq_infer.runtime.result import Result
 
 MODEL = Path(__file__).parent / "model"
-ITEMS, FACTS, FILLERS = 700, (8, 20), (2, 10)
+ITEMS, FACTS, FILLERS = 900, (8, 20), (2, 10)
 KEEPS = (1.0, 0.5, 0.25)
+LONGEST = 24  # tokens of an answer
 
 out = Console(highlight=False, soft_wrap=True)
 
@@ -83,8 +84,8 @@ def answer(generator: Generator, asked: Sequence[tuple[str, str]], keeps: Sequen
     results: dict[float, list[tuple[bool, Result]]] = {keep: [] for keep in keeps}
     for prompt, wanted in asked:
         for keep in keeps:
-            result = generator.generate(prompt, keep=keep, max_tokens=24, stop=["."])
-            results[keep].append((result.text.strip() == wanted.strip().rstrip("."), result))
+            result = generator.generate(prompt, keep=keep, max_tokens=LONGEST, stop=["."])
+            results[keep].append((result.text.strip() == _bare(wanted), result))
     return [
         Answers(
             keep,
@@ -97,12 +98,20 @@ def answer(generator: Generator, asked: Sequence[tuple[str, str]], keeps: Sequen
     ]
 
 
+def _bare(answer: str) -> str:
+    return answer.strip().rstrip(".")
+
+
+def _text(generator: Generator, prompt: str, keep: float) -> str:
+    return generator.generate(prompt, keep=keep, max_tokens=LONGEST, stop=["."]).text.strip()
+
+
 def show(done: Done, generator: Generator, asked: Sequence[tuple[str, str]], rows: Sequence[Answers]) -> None:
     """One question with its kept tokens, then the table."""
-    prompt, wanted = asked[0]
-    keep = rows[-1].keep
-    result = generator.generate(prompt, keep=keep, max_tokens=24, stop=["."])
-    out.rule(f"one question, keep {keep:.0%}: dropped tokens are struck out")
+    keep = rows[min(1, len(rows) - 1)].keep
+    prompt, wanted = next((q for q in asked if _text(generator, q[0], 1.0) == _bare(q[1])), asked[0])
+    result = generator.generate(prompt, keep=keep, max_tokens=LONGEST, stop=["."])
+    out.rule(f"a question that the dense model answers, keep {keep:.0%}: dropped tokens are struck out")
     out.print(kept_text(generator, result))
     out.print(f"[bold]answer[/] {result.text.strip()}    [dim]expected {wanted.strip()}[/]")
     table = Table(title=f"{len(asked)} unseen questions through the engine")

@@ -1,8 +1,9 @@
-"""Train the demo model from a seed: ``python -m fstq_export.demo.train --out DIR`` (about an hour on one core).
+"""Train the demo model from a seed: ``python -m fstq_export.demo.train --out DIR``.
 
-Three phases on one model: (1) full language-model loss on repetitive narratives until copying from the context appears,
-(2) narratives and questions together with short contexts, (3) questions with contexts growing to a thousand tokens.
-Sparse question labels from scratch do not teach retrieval; the first phase does.
+First full language-model loss on repetitive narratives, until copying from the context appears; then narratives and
+questions together with short contexts; then questions with growing contexts. Sparse question labels from scratch do
+not teach retrieval. ``--start`` goes on from a checkpoint with questions alone. training.json beside the model holds
+the recipe and log of each stage; `make train-demo` repeats the committed model's two stages (an hour and a half on two cores).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import logging
 import math
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fstq_export.demo import facts
 
 BOS, EOS = "<s>", "</s>"
+LOG, EXACT_AT = "training.json", (100, 200, 350)
 _log = logging.getLogger(__name__)
 
 
@@ -43,6 +45,7 @@ class Recipe:
     tokens_per_step: int = 4096
     learning_rate: float = 2e-3
     tokens: int = 30_000_000
+    longest: int = 1000
 
 
 def train_tokenizer(seed: int, vocabulary: int) -> PreTrainedTokenizerFast:
@@ -131,25 +134,24 @@ def exact_match(
     return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(hits.items())}
 
 
-def save(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    recipe: Recipe,
-    log: Sequence[dict[str, object]],
-    out: Path,
-) -> None:
-    """Model in half precision, tokenizer, recipe and log."""
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stages: list[dict[str, Any]], out: Path) -> None:
+    """Model in half precision, tokenizer, and recipe and log of every stage so far."""
     clone = LlamaForCausalLM(model.config).half()
     clone.load_state_dict(model.state_dict())
     clone.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "training.json").write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1))
+    (out / LOG).write_text(json.dumps({"stages": stages}, indent=1) + "\n")
 
 
 def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
     """Run the whole recipe; writes a checkpoint every few minutes."""
     torch.manual_seed(recipe.seed)
-    tokenizer = train_tokenizer(recipe.seed, recipe.vocabulary)
+    tokenizer = (
+        train_tokenizer(recipe.seed, recipe.vocabulary)
+        if start is None
+        else PreTrainedTokenizerFast.from_pretrained(start)
+    )
+    earlier = [] if start is None else json.loads((start / LOG).read_text())["stages"]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.width,
@@ -176,7 +178,8 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         rng = stream.rng
-        longest = 80 if progress < 0.15 else 80 + 1000 * min(1.0, (progress - 0.15) / 0.5)
+        ramp = max(0.0, progress - 0.15) / 0.5 if start is None else progress / 0.3
+        longest = 80 + (recipe.longest - 80) * min(1.0, ramp)
         ask = rng.random() < (0.3 if progress < 0.15 else 0.85) or start is not None
         length = rng.uniform(40, longest)
         rows = max(1, int(recipe.tokens_per_step / (length + (110 if ask else 4 * length))))
@@ -202,18 +205,20 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
                 "tokens": seen,
                 "loss": round(loss.item(), 4),
             }
-            row |= {f"exact_{n}": exact_match(model, tokenizer, n, 40, "valid", 11) for n in (100, 500)}
+            row |= {f"exact_{n}": exact_match(model, tokenizer, n, 40, "valid", 11) for n in EXACT_AT}
             model.train()
             log.append(row)
             _log.info(json.dumps(row))
-            save(model, tokenizer, recipe, log, out)
-    save(model, tokenizer, recipe, log, out)
+            save(model, tokenizer, [*earlier, {"recipe": asdict(recipe), "log": log}], out)
+    save(model, tokenizer, [*earlier, {"recipe": asdict(recipe), "log": log}], out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=Recipe().tokens)
+    parser.add_argument("--longest", type=int, default=Recipe().longest, help="longest context in tokens, about")
+    parser.add_argument("--rate", type=float, default=Recipe().learning_rate, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=Recipe().seed)
     parser.add_argument("--start", type=Path, help="go on from this checkpoint")
     parser.add_argument("--threads", type=int, default=2)
@@ -221,7 +226,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    train(Recipe(seed=arguments.seed, tokens=arguments.tokens), arguments.out, arguments.start)
+    recipe = Recipe(
+        seed=arguments.seed, tokens=arguments.tokens, longest=arguments.longest, learning_rate=arguments.rate
+    )
+    train(recipe, arguments.out, arguments.start)
 
 
 if __name__ == "__main__":

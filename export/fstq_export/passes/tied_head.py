@@ -1,4 +1,4 @@
-"""Pass: one copy of a tied embedding. The exporter transposes it for the head, and backends fold that to a second copy."""
+"""Pass: one copy of a tied embedding. The exporter transposes it for the head, which backends fold to a second copy."""
 
 from __future__ import annotations
 
