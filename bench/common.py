@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -21,7 +20,8 @@ def shared(path: str) -> Path:
     """A model or data set that is read where it lies; the benchmark ends with a reason when it is absent."""
     found = SHARED / path
     if not found.exists():
-        sys.exit(f"skipped: {path} is not under {SHARED}; set FSTQ_SHARED to the folder that holds it")
+        print(f"skipped: {path} is not under {SHARED}; set FSTQ_SHARED to the folder that holds it")
+        sys.exit(0)
     return found
 
 
@@ -50,16 +50,8 @@ def write(name: str, command: str, rows: list[dict[str, Any]], targets: dict[str
 def timed(command: list[str]) -> tuple[float, int]:
     """(seconds, peak resident bytes) of a command in a process of its own; its output goes to standard error."""
     began = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
-        done = subprocess.run(command, stdout=sys.stderr, check=False)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        Path(f"/tmp/.fstq-bench-{os.getpid()}").write_text(f"{done.returncode} {peak}")
-        os._exit(0)
-    os.waitpid(pid, 0)
-    note = Path(f"/tmp/.fstq-bench-{pid}")
-    code, peak = map(int, note.read_text().split())
-    note.unlink()
-    if code:
-        sys.exit(f"{' '.join(command)} ended with exit code {code}")
-    return time.monotonic() - began, peak * 1024
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)} ended with status {status}")
+    return time.monotonic() - began, usage.ru_maxrss * 1024

@@ -1,6 +1,6 @@
 """Export cost and prefill speed on the Qwen2.5-0.5B shape (random weights; the shape decides speed).
 
-python bench/pruning.py      about 4 minutes on 2 cores; writes results/pruning.json
+python bench/pruning.py      about 5 minutes on 2 quiet cores; writes results/pruning.json
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def main() -> None:
         out = work / "bench.json"
         measured = [*fstq, "bench", str(bundle), "--prompt-tokens", str(PROMPT), "--new-tokens", str(NEW)]
         timed([*measured, "--keep", "1.0,0.5,0.25", "--repeats", "5", "--json", str(out)])
-        rows = json.loads(out.read_text())["rows"]
+        measured_report = json.loads(out.read_text())
+        rows = measured_report["rows"]
         dense, pruned = rows[0], rows[-1]
         shutil.rmtree(bundle)
     rows.append(
@@ -76,6 +77,7 @@ def main() -> None:
             "export_peak_rss": peak,
             "build_seconds": build_seconds,
             "build_peak_rss": build_peak,
+            "bench_peak_rss": measured_report["peak_rss"],
         }
     )
     write(

@@ -26,7 +26,7 @@ errors = Console(stderr=True, highlight=False)
 
 CALIB_HELP = (
     "Calibration data: JSON lines with prompt/answer or context/question/answer, or plain text lines. "
-    "Without it nothing is known of quality, and the bundle is dense."
+    "Without it nothing is known of quality, and the bundle is dense unless --prune-layer is given."
 )
 Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -50,20 +50,25 @@ def _auto_float(name: str, text: str) -> float | None:
 
 def _auto_int(name: str, text: str) -> int | None:
     value = _auto_float(name, text)
-    if value is not None and value != int(value):
+    if value is not None and not value.is_integer():
         raise OptionError(f"--{name} is '{text}'; expected 'auto' or a whole number")
     return None if value is None else int(value)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fstq-infer {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def _main(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on standard error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
-    if version:
-        typer.echo(f"fstq-infer {__version__}")
-        raise typer.Exit
 
 
 @app.command(epilog="Example: fstq export ./my-model --out my.bundle --calib questions.jsonl --max-quality-drop 0.01")
@@ -94,7 +99,7 @@ def export(
             help="Use at most so many calibration items; default: 1800, or 256 for models over 50 M parameters."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
     score: Annotated[
         str, typer.Option(help="Sensitivity that the probe learns: gate, embedding, or auto: what measures best.")
     ] = "auto",

@@ -15,13 +15,13 @@ from rich.text import Text
 
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import OptionError
-from fstq_infer.runtime.bench import Row, measure
+from fstq_infer.runtime.bench import BenchReport, measure
 from fstq_infer.runtime.generate import Generator
 from fstq_infer.runtime.load import build_engine
 from fstq_infer.runtime.result import Result
 from fstq_infer.runtime.text import TextStream
 
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, markup=False, soft_wrap=True)
 notes = Console(stderr=True, highlight=False)
 
 
@@ -102,7 +102,7 @@ def chat(path: Path, *, system: str | None, threads: int | None, options: Mappin
     given = {name: value for name, value in options.items() if value is not None}
     while True:
         try:
-            line = out.input("[bold]you[/] ")
+            line = out.input("you: ")
         except EOFError:
             break
         if not line.strip():
@@ -114,7 +114,7 @@ def chat(path: Path, *, system: str | None, threads: int | None, options: Mappin
             out.print()
         except KeyboardInterrupt:
             stream.close()
-            out.print("\n[dim](stopped; this turn is forgotten)[/]")
+            out.print("\n(stopped; this turn is forgotten)")
 
 
 def bench(
@@ -131,19 +131,23 @@ def bench(
     ratios = [keep for keep in keeps if keep is not None]
     if len(ratios) != len(keeps):
         raise OptionError("--keep takes numbers here, such as 1.0,0.5,0.25")
+    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
+        raise OptionError(f"--json {json_file} cannot be written: it is a folder, or its folder does not exist")
     generator = Generator.load(path, threads=threads)
     with notes.status("measuring"):
         report = measure(generator, prompt_tokens, new_tokens, ratios, repeats)
-    out.print(bench_table(report.rows))
+    out.print(bench_table(report))
     if json_file is not None:
         partial = json_file.with_name(f".{json_file.name}.partial")
         partial.write_text(jsonlib.dumps(report.to_json(), indent=1), encoding="utf-8")
         partial.replace(json_file)
 
 
-def bench_table(rows: Sequence[Row]) -> Table:
-    """Dense and pruned side by side; the ratio is of the first row's end-to-end time."""
-    table = Table(title="medians of interleaved rounds")
+def bench_table(report: BenchReport) -> Table:
+    """Dense and pruned side by side; speed-ups are over the first row."""
+    rows = report.rows
+    memory = f"peak memory {report.peak_rss / 2**20:.0f} MiB"
+    table = Table(title=f"medians of {report.repeats} interleaved rounds, {report.prompt_tokens} tokens; {memory}")
     for name in (
         "keep",
         "kept",
@@ -154,7 +158,6 @@ def bench_table(rows: Sequence[Row]) -> Table:
         "speed-up",
         "prefill x",
         "KV MiB",
-        "peak RSS MiB",
     ):
         table.add_column(name, justify="right")
     first = rows[0]
@@ -169,6 +172,5 @@ def bench_table(rows: Sequence[Row]) -> Table:
             f"{first.total_s / row.total_s:.2f}x",
             f"{first.prefill_s / row.prefill_s:.2f}x",
             f"{row.kv_bytes / 2**20:.1f}",
-            f"{row.peak_rss / 2**20:.0f}",
         )
     return table

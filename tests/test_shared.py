@@ -56,8 +56,8 @@ def test_recall_keeps_its_answers_at_half_the_prompt(tmp_path: Path) -> None:
     exact = {1.0: 0, 0.5: 0}
     for example in data.read(items / "val.jsonl"):
         for keep in exact:
-            result = generator.generate(example.prompt, keep=keep, max_tokens=16, stop=["."])
-            exact[keep] += result.text.strip() == str(example.answer).rstrip(".")
+            result = generator.generate(example.prompt, keep=keep, max_tokens=16)
+            exact[keep] += result.text.strip().startswith(str(example.answer))
     assert exact[1.0] >= 270  # of 300
     assert exact[0.5] >= 0.9 * exact[1.0]
     recency = next(row for row in done.report["calibration"]["curves"]["recency"] if row["keep"] == 0.5)

@@ -17,7 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fstq_export.contract import Array, Outcome, candidate_layers, drop, interval, relative_cost, split
+from fstq_export.contract import (
+    Array,
+    Outcome,
+    candidate_layers,
+    drop,
+    interval,
+    relative_cost,
+    smallest_allowed,
+    split,
+)
 from fstq_infer.errors import OptionError
 from fstq_infer.fisher import train
 from fstq_infer.fisher.gates import Observation, observe
@@ -60,6 +69,8 @@ class Recipe:
             raise OptionError(f"{found}; expected a fraction from 0 to below 1, such as 0.01")
         if self.score not in ("auto", *TARGETS):
             raise OptionError(f"score is '{self.score}'; expected 'auto' or one of {', '.join(TARGETS)}")
+        if not 0 <= self.seed < 2**32:
+            raise OptionError(f"seed is {self.seed}; expected a whole number from 0 to 4294967295")
         if self.sink < 0 or self.window < 1:
             raise OptionError(f"sink is {self.sink} and window {self.window}; expected sink >= 0 and window >= 1")
 
@@ -217,18 +228,16 @@ class Calibrator:
         return drop(dense, self._measure(trial.name, trial, keep), dense.metric)
 
     def _choose_keep(self, trial: Trial, dense: Outcome) -> tuple[float, bool]:
-        """(keep ratio, contract met). Automatic: from the largest down while the drop is allowed; none: 1 (dense)."""
+        """(keep ratio, contract met). Automatic: the smallest whose drop is allowed; none: 1 (dense)."""
         wanted, allowed = self.recipe.keep, self.recipe.max_quality_drop
         if wanted is not None:
             return wanted, wanted == 1 or self._drop(trial, wanted, dense) <= allowed
-        best = 1.0
+        drops = {}
         for number, keep in enumerate(KEEPS):
+            drops[keep] = self._drop(trial, keep, dense)
             self.progress("choose keep ratio", number + 1, len(KEEPS))
-            if self._drop(trial, keep, dense) > allowed:
-                break
-            best = keep
-        self.progress("choose keep ratio", len(KEEPS), len(KEEPS))
-        return best, best < 1
+        best = smallest_allowed(drops, allowed)
+        return (best, True) if best is not None else (1.0, False)
 
     def _result(
         self,

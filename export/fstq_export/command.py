@@ -16,7 +16,7 @@ from fstq_export.pipeline import Done, Request
 from fstq_export.pipeline import export as run_export
 from fstq_export.report import verdict
 
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

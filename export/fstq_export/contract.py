@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 from fstq_infer.errors import CalibrationDataError
 from fstq_infer.fisher.items import Item
@@ -44,10 +45,21 @@ def interval(dense: Outcome, pruned: Outcome, metric: str, seed: int, draws: int
     """95 % bootstrap interval of :func:`drop` over the held-out items, pairs kept together."""
     count = len(dense.exact)
     rows = np.random.default_rng(seed).integers(0, count, (draws, count))
-    a, b = dense.values(metric)[rows].mean(1), pruned.values(metric)[rows].mean(1)
-    drops = (a - b if metric == "exact match" else b - a) / np.maximum(a, 1e-9)
+    lost = pruned.values(metric) - dense.values(metric)
+    drops = (-lost if metric == "exact match" else lost)[rows].mean(1) / max(dense.values(metric).mean(), 1e-9)
     low, high = np.quantile(drops, (0.025, 0.975))
     return float(low), float(high)
+
+
+def smallest_allowed(drops: Mapping[float, float], allowed: float) -> float | None:
+    """The smallest keep ratio whose drop is allowed; None when there is none.
+
+    Keeping more cannot truly cost more, so the measured drops are first made monotone (isotonic regression): a lucky
+    small ratio is held back by its unlucky neighbours, and the other way round.
+    """
+    keeps = sorted(drops)
+    smooth = isotonic_regression([drops[keep] for keep in keeps], increasing=False).x
+    return next((keep for keep, lost in zip(keeps, smooth, strict=True) if lost <= allowed), None)
 
 
 def candidate_layers(layers: int) -> list[int]:

@@ -21,7 +21,7 @@ from fstq_infer.errors import ExportError, FstqError, UnsupportedModelError
 
 OPSET, IR_VERSION = 23, 10
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
-DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+DTYPES = {"float32": "f32", "float16": "f16"}  # ONNX Runtime cannot check bfloat16 graphs on a CPU
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +34,8 @@ def build_graph(source: Source, dtype: str, stages: Sequence[PruneStage]) -> ir.
                 str(source.folder), task="text-generation", dtype=DTYPES[dtype], execution_provider="onnx-standard"
             )
         model: ir.Model = package["model"]
+    except MemoryError:
+        raise
     except Exception as error:  # the exporter raises whatever its model code meets; all of it means: not this model
         reason = str(error) or type(error).__name__
         raise UnsupportedModelError(

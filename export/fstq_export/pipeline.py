@@ -22,12 +22,13 @@ from fstq_export.continuation import with_continuations
 from fstq_export.passes.pruning import PruneStage
 from fstq_export.reference import parameter_count, reference
 from fstq_export.source import Source
-from fstq_infer.bundle import BundleWriter, Contract, Manifest, ModelInfo, Provenance, Pruning
+from fstq_infer.bundle import BundleWriter, Contract, GenerationDefaults, Manifest, ModelInfo, Provenance, Pruning
 from fstq_infer.errors import ExportError, OptionError
 from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.probe import Probe
 from fstq_infer.fisher.select import keep_count, select
 from fstq_infer.machine import peak_rss
+from fstq_infer.runtime.chat import ChatTemplate
 from fstq_infer.runtime.engine import Stage
 from fstq_infer.runtime.text import TextStream, Tokenizer
 
@@ -66,6 +67,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.dtype not in decoder.DTYPES:
             raise OptionError(f"dtype is '{self.dtype}'; expected one of {', '.join(decoder.DTYPES)}")
+        if self.calib_items is not None and self.calib_items < 1:
+            raise OptionError(f"calib-items is {self.calib_items}; expected a number of items above 0")
         if self.max_prompt is not None and self.max_prompt < 1:
             raise OptionError(f"max-prompt is {self.max_prompt}; expected a number of tokens above 0")
 
@@ -102,10 +105,11 @@ class Export:
         np.random.seed(recipe.seed)
         torch.manual_seed(recipe.seed)
         with BundleWriter(request.out, overwrite=request.overwrite) as writer:
+            examples = data.read(request.calib) if request.calib else []
             with self._step("read model"):
                 model = source.resolve(request.model, request.revision)
                 tokens = source.tokenizer(model)
-            examples = data.read(request.calib) if request.calib else []
+                generation = source.generation_defaults(model)
             calibration: Calibration | None = None
             held: list[Item] = []
             left_out = 0
@@ -126,7 +130,7 @@ class Export:
                 self._texts(tokens, writer.path)
                 content = self._report(model, tokens, calibration, left_out, checked, stages, nodes, writer.path, began)
                 report.write_report(writer.path, content)
-                bundle = writer.commit(self._manifest(model, calibration, stages))
+                bundle = writer.commit(self._manifest(model, calibration, stages, generation))
         return Done(bundle.path, content, time.monotonic() - began, peak_rss())
 
     def _calibrate(
@@ -137,23 +141,24 @@ class Export:
         limit = int(model.config.max_position_embeddings)
         longest = min(request.max_prompt or limit, limit)
         with reference(model, stream=False) as frozen:
-            most = request.calib_items or (ITEMS_SMALL if parameter_count(model.config) < SMALL_MODEL else ITEMS_LARGE)
-            if len(examples) > most:
-                order = np.random.default_rng(request.recipe.seed).permutation(len(examples))[:most]
-                examples = [examples[i] for i in sorted(order)]
             items = [data.encode(tokens, example) for example in examples]
             fitting = [
                 i
                 for i in items
                 if i.prompt and len(i.prompt) <= longest and len(i) + (0 if i.answer else CONTINUATION) <= limit
             ]
+            left_out = len(items) - len(fitting)
+            most = request.calib_items or (ITEMS_SMALL if parameter_count(model.config) < SMALL_MODEL else ITEMS_LARGE)
+            if len(fitting) > most:
+                order = np.random.default_rng(request.recipe.seed).permutation(len(fitting))[:most]
+                fitting = [fitting[i] for i in sorted(order)]
             if any(not item.answer for item in fitting):
                 total = len(fitting)
                 fitting = with_continuations(
                     frozen, fitting, CONTINUATION, limit, lambda n: self.progress("continue plain texts", n, total)
                 )
             calibrator = Calibrator(frozen, fitting, request.recipe, self.progress)
-            return calibrator.run(), calibrator.held, len(items) - len(fitting)
+            return calibrator.run(), calibrator.held, left_out
 
     def _stages(self, model: Source, calibration: Calibration | None) -> list[PruneStage]:
         """The stages to build: none (a dense bundle) when the contract failed and neither layer nor keep was named."""
@@ -203,7 +208,10 @@ class Export:
         """tokenizer.json and the chat template."""
         (folder / "tokenizer.json").write_text(tokens.backend_tokenizer.to_str(), encoding="utf-8")
         template = tokens.chat_template
-        if isinstance(template, str) and template:
+        if isinstance(template, dict):
+            template = template.get("default")
+        if template:
+            ChatTemplate(template)  # a template that the runtime cannot use is an error now, not on the device
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
     def _report(
@@ -264,7 +272,13 @@ class Export:
             "answer": tokens.decode(list(item.answer)),
         }
 
-    def _manifest(self, model: Source, calibration: Calibration | None, stages: Sequence[PruneStage]) -> Manifest:
+    def _manifest(
+        self,
+        model: Source,
+        calibration: Calibration | None,
+        stages: Sequence[PruneStage],
+        generation: GenerationDefaults,
+    ) -> Manifest:
         config, recipe = model.config, self.request.recipe
         contract, keep = None, recipe.keep or 1.0
         if calibration is not None:
@@ -288,7 +302,7 @@ class Export:
                 calibration is not None,
                 contract,
             ),
-            generation=source.generation_defaults(model),
+            generation=generation,
             provenance=Provenance(
                 source=model.name,
                 source_sha256=model.sha256,
@@ -322,3 +336,5 @@ def export(request: Request, progress: Progress = lambda _name, _done, _total: N
             "memory ran out during the export; calibrate with fewer items (--calib-items) "
             "or shorter prompts (--max-prompt)"
         ) from error
+    except OSError as error:
+        raise ExportError(f"the bundle could not be written: {error}") from error

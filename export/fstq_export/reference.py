@@ -37,6 +37,8 @@ def skeleton(config: Any) -> torch.nn.Module:
     try:
         with init_empty_weights(include_buffers=False), quiet():
             model: torch.nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except MemoryError:
+        raise
     except Exception as error:  # whatever the model code meets in a configuration it does not expect
         raise UnsupportedModelError(
             f"{config.model_type}: Transformers cannot build this model from its configuration ({error})"
@@ -98,6 +100,8 @@ def reference(source: Source, stream: bool | None = None) -> Iterator[Decoder]:
             model, found = AutoModelForCausalLM.from_pretrained(
                 source.folder, config=source.config, output_loading_info=True, **options
             )
+        except MemoryError:
+            raise
         except Exception as error:  # safetensors, the file system and Transformers each have errors of their own
             raise ExportError(f"{source.name}: the weights cannot be read ({error})") from error
         if missing := sorted(found["missing_keys"]):

@@ -97,6 +97,8 @@ def run(
     for number, segment in enumerate(segments):
         try:
             results = _run_one(_session(folder, loaded, segment), known, batch)
+        except MemoryError:
+            raise
         except Exception as error:  # ONNX Runtime's own errors share no base class
             raise SegmentError(f"ONNX Runtime cannot run the written graph's {segment.label}: {error}") from error
         yield segment, results

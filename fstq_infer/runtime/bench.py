@@ -18,7 +18,11 @@ from fstq_infer.runtime.options import keep_counts, keep_ratios
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Medians at one keep ratio. Times in seconds; decode_step_s is per token; kv_bytes and peak_rss in bytes."""
+    """Medians at one keep ratio. Times in seconds; kv_bytes in bytes.
+
+    prefill_s: in the engine, for the prompt. ttft_s: with choosing the first token. decode_step_s: per later token, 0
+    where only one token was asked for.
+    """
 
     keep: float
     kept: int
@@ -29,17 +33,17 @@ class Row:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     kv_bytes: int
-    peak_rss: int
 
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """All rows of one run, with what it was run on."""
+    """All rows of one run, with what it was run on. peak_rss: of the whole process, bytes."""
 
     prompt_tokens: int
     new_tokens: int
     repeats: int
     machine: dict[str, Any]
+    peak_rss: int
     rows: tuple[Row, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -62,7 +66,9 @@ def measure(
             f"{prompt_tokens} + {new_tokens} tokens do not fit the context of {engine.max_positions}; use fewer"
         )
     ids = np.random.default_rng(seed).integers(0, engine.vocab_size, (1, prompt_tokens))
-    samples: dict[float, list[tuple[float, float, float]]] = {keep: [] for keep in keeps}
+    for keep in keeps:
+        keep_ratios(keep, engine.stages)  # all of them, before anything is measured
+    samples: dict[float, list[tuple[float, ...]]] = {keep: [] for keep in keeps}
     facts: dict[float, tuple[int, int]] = {}
     for round_ in range(repeats + 1):
         for keep in keeps:
@@ -72,34 +78,23 @@ def measure(
                 samples[keep].append(times)
     rows = []
     for keep in keeps:
-        prefill, decode, total = (statistics.median(column) for column in zip(*samples[keep], strict=True))
+        prefill, first, decode, total = (statistics.median(column) for column in zip(*samples[keep], strict=True))
         kept, held = facts[keep]
-        step = decode / max(1, new_tokens - 1)
-        rows.append(
-            Row(
-                keep,
-                kept,
-                prefill,
-                prefill,
-                step,
-                total,
-                prompt_tokens / prefill,
-                1 / step if step else 0.0,
-                held,
-                peak_rss(),
-            )
-        )
-    return BenchReport(prompt_tokens, new_tokens, repeats, description(), tuple(rows))
+        step = decode / (new_tokens - 1) if new_tokens > 1 else 0.0
+        speed = 1 / step if step else 0.0
+        rows.append(Row(keep, kept, first, prefill, step, total, prompt_tokens / prefill, speed, held))
+    return BenchReport(prompt_tokens, new_tokens, repeats, description(), peak_rss(), tuple(rows))
 
 
-def _once(generator: Generator, ids: Any, new_tokens: int, keep: float) -> tuple[tuple[float, float, float], int, int]:
-    """((prefill, decode, total) seconds, tokens kept, KV bytes) of one greedy generation that ignores end tokens."""
+def _once(generator: Generator, ids: Any, new_tokens: int, keep: float) -> tuple[tuple[float, ...], int, int]:
+    """((prefill, first token, decode, total) seconds, tokens kept, KV bytes) of one greedy run that ignores ends."""
     engine, prompt = generator.engine, ids.shape[1]
     ratios = keep_ratios(keep, engine.stages)
     counts = np.array([keep_counts(prompt, ratios, engine.stages)], np.int64).reshape(1, len(engine.stages))
     cache = engine.empty_cache(1)
     began = time.perf_counter()
     step = engine.forward(ids, np.arange(prompt)[None], counts, cache)
+    prefilled = time.perf_counter()
     token = int(step.logits[0].argmax())
     first = time.perf_counter()
     kept = int((step.kept[-1] >= 0).sum()) if step.kept else prompt
@@ -108,4 +103,4 @@ def _once(generator: Generator, ids: Any, new_tokens: int, keep: float) -> tuple
         step = engine.forward(np.array([[token]]), np.array([[position]]), one, step.cache)
         token = int(step.logits[0].argmax())
     ended = time.perf_counter()
-    return (first - began, ended - first, ended - began), kept, step.cache.bytes
+    return (prefilled - began, first - began, ended - first, ended - began), kept, step.cache.bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
@@ -18,6 +19,8 @@ from fstq_infer.runtime.result import Clock, Result, Stream
 from fstq_infer.runtime.sampling import Sampling
 from fstq_infer.runtime.session import Session
 from fstq_infer.runtime.text import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 class Generator:
@@ -66,9 +69,13 @@ class Generator:
         sampling = Sampling(given.temperature, given.top_k, given.top_p, given.repetition_penalty)
         template = None
         if "chat_template.jinja" in manifest.files:
+            source = bundle.file("chat_template.jinja")
             named = {"bos_token": given.bos_token_id, "eos_token": next(iter(given.eos_token_ids), None)}
             tokens = {name: text for name, i in named.items() if i is not None and (text := tokenizer.token(i))}
-            template = ChatTemplate(bundle.file("chat_template.jinja").read_text(encoding="utf-8"), tokens)
+            try:
+                template = ChatTemplate(source.read_text(encoding="utf-8"), tokens)
+            except (UnicodeDecodeError, PromptError, OptionError) as error:
+                _log.warning("%s cannot be used, so chat is off: %s", source, error)
         keep = manifest.pruning.keep if manifest.stages else 1.0
         return cls(engine, tokenizer, Defaults(keep, sampling, given.eos_token_ids), template)
 

@@ -70,7 +70,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", WIDE_HEADS),
     "mistral": ("Mistral", SLIDING),
     "phi3": ("Phi3", COMMON | {"sliding_window": 40, "partial_rotary_factor": 0.5}),
-    "gemma2": ("Gemma2", GEMMA | {"query_pre_attn_scalar": 24}),
+    "gemma2": ("Gemma2", GEMMA | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 1.5}),
     "gemma3": ("Gemma3Text", GEMMA | {"layer_types": MIXED}),
     "smollm3": ("SmolLM3", COMMON | {"no_rope_layers": [1, 0, 1, 0]}),
     "gpt2": ("GPT2", OLD),

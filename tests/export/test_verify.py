@@ -241,12 +241,6 @@ def test_half_precision(llama: Exported, tmp_path: Path) -> None:
     assert 1e-4 < result.dense < result.tolerance == 3e-2
 
 
-def test_a_type_that_onnx_runtime_cannot_run_is_refused(llama: Exported, tmp_path: Path) -> None:
-    probes = families.exported(llama.model, tmp_path, STAGES, "bfloat16")
-    with pytest.raises(VerificationError, match=r"LlamaForCausalLM, bfloat16: ONNX Runtime cannot run"):
-        families.verified(llama.model, tmp_path, STAGES, probes, "bfloat16")
-
-
 def test_empty_and_long_prompts(llama: Exported) -> None:
     result = llama.verified(prompts=[[], families.ids(300)])
     assert result.prompts == 3

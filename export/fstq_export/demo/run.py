@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +26,9 @@ from fstq_infer.runtime.result import Result
 MODEL = Path(__file__).parent / "model"
 ITEMS, FACTS, FILLERS = 900, (8, 20), (2, 10)
 KEEPS = (1.0, 0.5, 0.25)
-LONGEST = 24  # tokens of an answer
+BUNDLE = "model.bundle"
 
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,32 +45,37 @@ class Answers:
 def write_items(path: Path, split: str, count: int, seed: int) -> None:
     """Generated questions as a calibration file."""
     rng = random.Random(seed)
-    with path.open("w", encoding="utf-8") as lines:
-        for _ in range(count):
-            item = facts.item(rng, split, rng.randint(*FACTS), rng.randint(*FILLERS))
-            row = {"context": item.context, "question": item.question, "answer": item.answer}
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    items = [facts.item(rng, split, rng.randint(*FACTS), rng.randint(*FILLERS)) for _ in range(count)]
+    write_rows(path, [{"context": i.context, "question": i.question, "answer": i.answer} for i in items])
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, str | None]]) -> None:
+    """JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def demo(*, out: Path, model: str | None, calib: Path | None, questions: int, threads: int | None) -> None:
     """Run the whole main job; everything lands in ``out``."""
     if model is not None and calib is None:
         raise OptionError("--model needs --calib: a file with questions and answers that suit the model")
-    if out.exists() and not (out / "model.bundle").exists() and any(out.iterdir()):
-        raise OptionError(f"{out} exists and is no earlier demo; name another folder with --out")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"{out} is a file; name a folder with --out")
+    given = data.read(calib) if calib is not None else []
+    if any(example.answer is None for example in given):
+        raise OptionError(f"{calib} holds plain text; the demo asks questions, so it needs lines with an answer")
+    out.mkdir(parents=True, exist_ok=True)
+    training, test = out / "calibration.jsonl", out / "test.jsonl"
     if calib is None:
-        calib, test = out / "calibration.jsonl", out / "test.jsonl"
-        write_items(calib, "valid", ITEMS, seed=1)
+        write_items(training, "valid", ITEMS, seed=1)
         write_items(test, "test", questions, seed=2)
-        examples = data.read(test)
-    else:
-        examples = data.read(calib)[-questions:]
+    else:  # the last questions are asked, and calibration never sees them
+        cut = max(len(given) - questions, len(given) // 2)
+        for path, part in ((training, given[:cut]), (test, given[cut:])):
+            write_rows(path, [{"prompt": example.prompt, "answer": example.answer} for example in part])
+    examples = data.read(test)
     with bars() as progress:
-        done = export(
-            Request(model or str(MODEL), out / "model.bundle", Recipe(max_quality_drop=0.02), calib), progress
-        )
+        recipe = Recipe(max_quality_drop=0.02)
+        done = export(Request(model or str(MODEL), out / BUNDLE, recipe, training, overwrite=True), progress)
     generator = Generator.load(done.path, threads=threads)
     asked = [(e.prompt, e.answer) for e in examples if e.answer is not None]
     keeps = KEEPS if generator.engine.stages else (1.0,)
@@ -84,8 +88,8 @@ def answer(generator: Generator, asked: Sequence[tuple[str, str]], keeps: Sequen
     results: dict[float, list[tuple[bool, Result]]] = {keep: [] for keep in keeps}
     for prompt, wanted in asked:
         for keep in keeps:
-            result = generator.generate(prompt, keep=keep, max_tokens=LONGEST, stop=["."])
-            results[keep].append((result.text.strip() == _bare(wanted), result))
+            result = generator.generate(prompt, keep=keep, max_tokens=room(generator, wanted))
+            results[keep].append((is_exact(result, wanted), result))
     return [
         Answers(
             keep,
@@ -98,22 +102,25 @@ def answer(generator: Generator, asked: Sequence[tuple[str, str]], keeps: Sequen
     ]
 
 
-def _bare(answer: str) -> str:
-    return answer.strip().rstrip(".")
+def room(generator: Generator, wanted: str) -> int:
+    """Tokens to generate for an answer of that text: a few more than it has."""
+    return len(generator.tokenizer.encode(wanted, special=False)) + 4
 
 
-def _text(generator: Generator, prompt: str, keep: float) -> str:
-    return generator.generate(prompt, keep=keep, max_tokens=LONGEST, stop=["."]).text.strip()
+def is_exact(result: Result, wanted: str) -> bool:
+    """Whether the greedy text begins with the whole expected answer."""
+    return result.text.strip().startswith(wanted.strip())
 
 
 def show(done: Done, generator: Generator, asked: Sequence[tuple[str, str]], rows: Sequence[Answers]) -> None:
     """One question with its kept tokens, then the table."""
     keep = rows[min(1, len(rows) - 1)].keep
-    prompt, wanted = next((q for q in asked if _text(generator, q[0], 1.0) == _bare(q[1])), asked[0])
-    result = generator.generate(prompt, keep=keep, max_tokens=LONGEST, stop=["."])
+    dense = (generator.generate(q, keep=1.0, max_tokens=room(generator, a)) for q, a in asked)
+    prompt, wanted = next((qa for qa, result in zip(asked, dense, strict=True) if is_exact(result, qa[1])), asked[0])
+    result = generator.generate(prompt, keep=keep, max_tokens=room(generator, wanted), stop=["\n"])
     out.rule(f"a question that the dense model answers, keep {keep:.0%}: dropped tokens are struck out")
     out.print(kept_text(generator, result))
-    out.print(f"[bold]answer[/] {result.text.strip()}    [dim]expected {wanted.strip()}[/]")
+    out.print(f"answer: {result.text.strip()}    expected: {wanted.strip()}")
     table = Table(title=f"{len(asked)} unseen questions through the engine")
     for name in ("keep", "prompt kept", "exact answers", "prefill ms", "total ms", "prefill speed-up"):
         table.add_column(name, justify="right")

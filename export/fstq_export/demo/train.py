@@ -3,7 +3,7 @@
 First full language-model loss on repetitive narratives, until copying from the context appears; then narratives and
 questions together with short contexts; then questions with growing contexts. Sparse question labels from scratch do
 not teach retrieval. ``--start`` goes on from a checkpoint with questions alone. training.json beside the model holds
-the recipe and log of each stage; `make train-demo` repeats the committed model's two stages (an hour and a half on two cores).
+the recipe and log of each stage; `make train-demo` repeats the committed model's two stages (an hour and a half).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -69,6 +69,8 @@ def train_tokenizer(seed: int, vocabulary: int) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
+    bos = (BOS, core.token_to_id(BOS))
+    core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[bos])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS)
 
 
