@@ -115,8 +115,10 @@ def is_exact(result: Result, wanted: str) -> bool:
 def show(done: Done, generator: Generator, asked: Sequence[tuple[str, str]], rows: Sequence[Answers]) -> None:
     """One question with its kept tokens, then the table."""
     keep = rows[min(1, len(rows) - 1)].keep
-    dense = (generator.generate(q, keep=1.0, max_tokens=room(generator, a)) for q, a in asked)
-    prompt, wanted = next((qa for qa, result in zip(asked, dense, strict=True) if is_exact(result, qa[1])), asked[0])
+    stated = [(q, a) for q, a in asked if a.strip().rstrip(".") in q]
+    dense = (generator.generate(q, keep=1.0, max_tokens=room(generator, a)) for q, a in stated)
+    right = (qa for qa, result in zip(stated, dense, strict=True) if is_exact(result, qa[1]))
+    prompt, wanted = next(right, asked[0])
     result = generator.generate(prompt, keep=keep, max_tokens=room(generator, wanted), stop=["\n"])
     out.rule(f"a question that the dense model answers, keep {keep:.0%}: dropped tokens are struck out")
     out.print(kept_text(generator, result))
