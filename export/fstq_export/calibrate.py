@@ -117,6 +117,8 @@ class Calibrator:
 
     def _candidates(self) -> list[int]:
         wanted = self.recipe.prune_layer
+        if self.layers < 2:
+            raise OptionError("this model has one decoder layer, nothing to prune before; export without --calib")
         if wanted is None:
             return candidate_layers(self.layers)
         if not 0 < wanted < self.layers:
@@ -130,10 +132,8 @@ class Calibrator:
         yield
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 2)
 
-    def run(self) -> Calibration | None:
-        """The whole calibration; None for a model that has no layer to prune before."""
-        if not self.candidates:
-            return None
+    def run(self) -> Calibration:
+        """The whole calibration."""
         seen = self._observe(self.training, "observe training items")
         held = self._observe(self.held, "observe held-out items")
         dense = Outcome(np.array([float(o.exact) for o in held]), np.array([o.nll for o in held]))
@@ -253,7 +253,8 @@ class Calibrator:
         curves = self._curves(trial, dense)
         shown = min(range(len(held)), key=lambda i: (not held[i].exact, abs(len(self.held[i].prompt) - 160)))
         example = (self.held[shown], SCORES["probe"](trial.evidence[shown]).astype(np.float64))
-        lost = drop(dense, outcome, metric)
+        # Where the contract failed and the bundle is dense, the least loss that was measured tells by how much.
+        lost = drop(dense, outcome, metric) if keep < 1 or met else min(self._drop(trial, k, dense) for k in KEEPS)
         result = Calibration(trial.layer, trial.probe, trial.score, keep, lost, metric, met, example)
         low, high = interval(dense, outcome, metric, self.recipe.seed)
         lengths = sorted(len(item.prompt) for item in self.training)

@@ -63,8 +63,8 @@ def smallest_allowed(drops: Mapping[float, float], allowed: float) -> float | No
 
 
 def candidate_layers(layers: int) -> list[int]:
-    """Prune layers to try: a quarter, a third and half of the way up; empty for a model of one layer."""
-    return sorted({max(1, layers // part) for part in (4, 3, 2)}) if layers > 1 else []
+    """Prune layers to try in a model of two layers or more: a quarter, a third and half of the way up."""
+    return sorted({max(1, layers // part) for part in (4, 3, 2)})
 
 
 def relative_cost(layer: int, layers: int, keep: float) -> float:

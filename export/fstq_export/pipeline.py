@@ -135,7 +135,7 @@ class Export:
 
     def _calibrate(
         self, model: Source, tokens: Any, examples: Sequence[data.Example]
-    ) -> tuple[Calibration | None, list[Item], int]:
+    ) -> tuple[Calibration, list[Item], int]:
         """(calibration, held-out items, number of items left out because of their length)."""
         request = self.request
         limit = int(model.config.max_position_embeddings)

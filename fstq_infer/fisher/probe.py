@@ -2,7 +2,7 @@
 
 Query-aware: token-level matches between the last W positions and every token, from RMS-normed layer inputs and
 embeddings; linear features, log window attention and lexical overlap; three 1-D convolutions, because words span
-tokens. About 50k parameters; the exported graph computes the same (fstq_export.passes.probe).
+tokens. 54k parameters at width 64, 0.39 M at 896; the exported graph computes the same (fstq_export.passes.probe).
 """
 
 from __future__ import annotations

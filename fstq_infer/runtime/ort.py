@@ -209,7 +209,7 @@ def _open(ort: ModuleType, path: Path, threads: int | None, provider: str) -> An
     if wanted not in session.get_providers():
         raise EngineError(
             f"ONNX Runtime fell back to {', '.join(session.get_providers())}: {wanted} could not be started. Check the "
-            "CUDA and cuDNN libraries with 'fstq doctor', or use the provider 'cpu'."
+            "CUDA and cuDNN libraries that it names, or use the provider 'cpu'."
         )
     return session
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 
-from fstq_infer.errors import BundleError
+from fstq_infer.errors import BundleError, PromptError
 
 REPLACEMENT = "\ufffd"
 PATIENCE = 8  # tokens; a character has at most 4 bytes, so more tokens than that cannot be one unfinished character
@@ -44,7 +44,14 @@ class Tokenizer:
         return int(self._core.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids; ``special`` adds what the file's post-processor adds, such as a first BOS."""
+        """Token ids; ``special`` adds what the file's post-processor adds, such as a first BOS.
+
+        Raises PromptError for text that is not Unicode (lone surrogates, as undecodable arguments have).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the text is not valid UTF-8 ({error.reason}); give it in UTF-8") from error
         ids: list[int] = self._core.encode(text, add_special_tokens=special).ids
         return ids
 

@@ -6,7 +6,7 @@ attention far from uniform and logits far from flat: a wrong mask, scale, norm o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,6 @@ WIDE_HEADS = COMMON | {"head_dim": 24}
 GEMMA = SLIDING | {"head_dim": 16, "query_pre_attn_scalar": 16}
 EXPERTS = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For the test modules that import it: tiny models are slower on several threads, which wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rope(kind: str, **parameters: Any) -> dict[str, Any]:

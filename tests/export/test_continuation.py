@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -38,14 +37,6 @@ FAMILIES = {
     "Gemma2": SHARED | {"head_dim": 8, "sliding_window": 8, "tie_word_embeddings": False},
 }
 PROMPTS = [tuple((7 * n + 3 * i) % 58 + 2 for i in range(n)) for n in (20, 3, 11, 1, 30, 12)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(family: str = "Llama") -> Any:

@@ -18,9 +18,7 @@ from fstq_infer.errors import ExportError, UnsupportedModelError
 from fstq_infer.runtime.engine import Stage
 
 from . import families
-from .families import one_thread
 
-__all__ = ["one_thread"]
 ONE, TWO = (Stage(2, 2, 8),), (Stage(1, 1, 6), Stage(3, 2, 8))
 CLOSE = 1e-4
 

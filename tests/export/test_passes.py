@@ -39,9 +39,7 @@ from fstq_infer.fisher.select import keep_count, select
 from fstq_infer.runtime.engine import Stage
 
 from . import families
-from .families import Runner, batch, ids, one_thread
-
-__all__ = ["one_thread"]
+from .families import Runner, batch, ids
 
 WINDOW = 8
 STAGE = Stage(2, 2, WINDOW)

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
 
 from fstq_export.calibrate import Recipe
-from fstq_export.contract import Outcome, candidate_layers, drop, interval, relative_cost, split
+from fstq_export.contract import Outcome, candidate_layers, drop, interval, relative_cost, smallest_allowed, split
 from fstq_export.pipeline import Request, export
 
 from fstq_infer.bundle import Bundle
@@ -189,7 +189,9 @@ def test_killed_in_the_middle_nothing_half_is_left(llama: Path, tmp_path: Path, 
 def test_policy_pieces() -> None:
     import numpy as np
 
-    assert candidate_layers(1) == [] and candidate_layers(2) == [1] and candidate_layers(24) == [6, 8, 12]
+    assert candidate_layers(2) == [1] and candidate_layers(24) == [6, 8, 12]
+    assert smallest_allowed({0.75: 0.03, 0.5: 0.0, 0.25: 0.1}, 0.02) == 0.5  # an unlucky 0.75 does not end the search
+    assert smallest_allowed({0.5: 0.05, 0.25: 0.0, 0.125: 0.2}, 0.01) is None  # nor does a lucky 0.25 decide it
     assert relative_cost(6, 24, 0.25) == pytest.approx(0.4375)
     dense, pruned = Outcome(np.ones(10), np.full(10, 0.5)), Outcome(np.array([1.0] * 9 + [0.0]), np.full(10, 0.6))
     assert drop(dense, pruned, "exact match") == pytest.approx(0.1)

@@ -28,9 +28,7 @@ from fstq_infer.fisher.probe import Probe
 from fstq_infer.runtime.engine import Stage
 
 from . import families
-from .families import one_thread
 
-__all__ = ["one_thread"]
 STAGES = (Stage(2, 1, 8),)
 
 
