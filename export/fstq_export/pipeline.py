@@ -234,7 +234,7 @@ class Export:
             "format": "fstq-report",
             "version": 1,
             "model": {
-                "source": model.name,
+                "source": _public(model.name),
                 "architecture": model.architecture,
                 "layers": model.layers,
                 "parameters": parameter_count(model.config),
@@ -304,7 +304,7 @@ class Export:
             ),
             generation=generation,
             provenance=Provenance(
-                source=model.name,
+                source=_public(model.name),
                 source_sha256=model.sha256,
                 libraries={name: _version(name) for name in LIBRARIES},
                 seed=recipe.seed,
@@ -318,6 +318,11 @@ def _pieces(tokens: Any, ids: Sequence[int]) -> list[str]:
     """The text that each token adds, spaces kept; empty where a token only begins a character."""
     stream = TextStream(Tokenizer(tokens.backend_tokenizer))
     return [stream.push(token) for token in ids]
+
+
+def _public(name: str) -> str:
+    """The model's name for files that are passed on: of a local folder its last part, not where it lies."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _version(name: str) -> str:
