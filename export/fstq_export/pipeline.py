@@ -89,6 +89,7 @@ class Export:
     def __init__(self, request: Request, progress: Progress) -> None:
         self.request, self.progress = request, progress
         self.steps: dict[str, float] = {}
+        self.parameters = 0  # known once the model's configuration is read
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
@@ -101,15 +102,14 @@ class Export:
     def run(self) -> Done:
         """Export; the bundle appears whole at ``request.out`` or not at all."""
         began = time.monotonic()
-        request, recipe = self.request, self.request.recipe
-        np.random.seed(recipe.seed)
-        torch.manual_seed(recipe.seed)
+        request = self.request
         with BundleWriter(request.out, overwrite=request.overwrite) as writer:
             examples = data.read(request.calib) if request.calib else []
             with self._step("read model"):
                 model = source.resolve(request.model, request.revision)
                 tokens = source.tokenizer(model)
                 generation = source.generation_defaults(model)
+                self.parameters = parameter_count(model.config)
             calibration: Calibration | None = None
             held: list[Item] = []
             left_out = 0
@@ -148,7 +148,7 @@ class Export:
                 if i.prompt and len(i.prompt) <= longest and len(i) + (0 if i.answer else CONTINUATION) <= limit
             ]
             left_out = len(items) - len(fitting)
-            most = request.calib_items or (ITEMS_SMALL if parameter_count(model.config) < SMALL_MODEL else ITEMS_LARGE)
+            most = request.calib_items or (ITEMS_SMALL if self.parameters < SMALL_MODEL else ITEMS_LARGE)
             if len(fitting) > most:
                 order = np.random.default_rng(request.recipe.seed).permutation(len(fitting))[:most]
                 fitting = [fitting[i] for i in sorted(order)]
@@ -237,7 +237,7 @@ class Export:
                 "source": _public(model.name),
                 "architecture": model.architecture,
                 "layers": model.layers,
-                "parameters": parameter_count(model.config),
+                "parameters": self.parameters,
                 "dtype": self.request.dtype,
             },
             "calibration": measured,
@@ -292,7 +292,7 @@ class Export:
                 hidden_size=config.hidden_size,
                 vocab_size=config.vocab_size,
                 max_positions=config.max_position_embeddings,
-                parameters=parameter_count(config),
+                parameters=self.parameters,
                 dtype=self.request.dtype,
             ),
             stages=tuple(s.stage for s in stages),

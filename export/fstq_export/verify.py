@@ -22,8 +22,9 @@ from fstq_infer.errors import VerificationError
 from fstq_infer.fisher.hooks import Decoder, Seen, watch
 from fstq_infer.fisher.probe import Probe, ProbeInput
 from fstq_infer.fisher.prune import NEVER
-from fstq_infer.fisher.select import keep_count, select
+from fstq_infer.fisher.select import select
 from fstq_infer.runtime.engine import Stage
+from fstq_infer.runtime.options import keep_counts, keep_ratios
 
 TOLERANCE = {"float32": 1e-3, "float16": 3e-2}
 DECODE_STEPS = 16
@@ -240,10 +241,7 @@ def check_pruned(
 ) -> tuple[float, bool]:
     """Compare a pruned run, one keep ratio per row; (logits difference, same tokens kept), or VerificationError."""
     keep = np.array(
-        [
-            [keep_count(int(n), ratio ** ((g + 1) / len(stages)), s.sink, s.window) for g, s in enumerate(stages)]
-            for n, ratio in zip(text.lengths, keeps, strict=True)
-        ]
+        [keep_counts(int(n), keep_ratios(ratio, stages), stages) for n, ratio in zip(text.lengths, keeps, strict=True)]
     )
     kept: dict[int, Int64] = {}
     found = np.zeros(0)
