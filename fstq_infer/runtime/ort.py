@@ -38,17 +38,22 @@ ERRORS_ONLY = 3
 
 @dataclass(frozen=True, slots=True)
 class OrtCache:
-    """OrtValues: positions of each group, then key and value of each layer. ``session`` must outlive them."""
+    """A vector of OrtValues; from ``first`` on positions of each group, then key and value of each layer.
+
+    It is what ONNX Runtime returned, as it is: taking a value out of it and dropping it at once costs a quarter of
+    keeping them all as Python objects. ``session`` must outlive it.
+    """
 
     batch: int
-    values: tuple[Any, ...] = field(repr=False)
+    values: Any = field(repr=False)
+    first: int = field(repr=False)
     groups: int = field(repr=False)
     session: Any = field(repr=False)
 
     @property
     def bytes(self) -> int:
         """Memory held by keys and values."""
-        return sum(value.tensor_size_in_bytes() for value in self.values[self.groups :])
+        return sum(self.values[i].tensor_size_in_bytes() for i in range(self.first + self.groups, len(self.values)))
 
 
 class OrtEngine:
@@ -87,6 +92,7 @@ class OrtEngine:
         self._shapes = [(i.type, i.shape) for i in _named(self._session.get_inputs(), self._feeds[self._fixed :])]
         self._empty: dict[int, OrtCache] = {}
         self._arrays: list[Any] = []
+        self._single: dict[int, tuple[list[Int64], list[Any]]] = {}
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -109,15 +115,15 @@ class OrtEngine:
             raise EngineError(f"a cache for {batch} rows is not possible; expected at least one row")
         if batch not in self._empty:
             made: dict[tuple[Any, ...], Any] = {}  # layers of one shape share one value
-            values = []
+            values = self._vector()
             for kind, shape in self._shapes:
                 full = (kind, batch, *shape[1:2], 0, *shape[3:]) if len(shape) == 4 else (kind, batch, 0)
                 if full not in made:
                     array = np.empty(full[1:], EMPTY[kind][0])
                     self._arrays.append(array)  # an OrtValue made by ONNX Runtime would have no address: 1.23 minds
                     made[full] = self._value.ortvalue_from_numpy_with_onnx_type(array, EMPTY[kind][1])
-                values.append(made[full])
-            self._empty[batch] = OrtCache(batch, tuple(values), self._groups, self._session)
+                values.push_back(made[full])
+            self._empty[batch] = OrtCache(batch, values, 0, self._groups, self._session)
         return self._empty[batch]
 
     def forward(self, input_ids: Int64, position_ids: Int64, keep: Int64, cache: Any) -> Step:
@@ -136,23 +142,39 @@ class OrtEngine:
             )
         if keep.shape != (batch, stages):
             raise EngineError(f"keep has the shape {keep.shape}, expected {(batch, stages)}: rows, pruning stages")
-        arrays = [np.ascontiguousarray(array, np.int64) for array in (input_ids, position_ids, keep)[: self._fixed]]
+        arrays, values = self._inputs(batch, shape[1])
+        for array, given in zip(arrays, (input_ids, position_ids, keep), strict=False):  # no keep without stages
+            array[:] = given
         feeds, fetched = self._vector(), self._vector()
         feeds.reserve(len(self._feeds))
-        for array in arrays:  # not copied; they live until this call returns
-            feeds.push_back(self._value.ortvalue_from_numpy(array, self._cpu))
-        for value in cache.values:
-            feeds.push_back(value)
+        push, cached = feeds.push_back, cache.values
+        for value in values:
+            push(value)
+        for index in range(cache.first, len(cached)):
+            push(cached[index])
         try:
             self._session.run_with_ortvaluevector(
                 self._options, self._feeds, feeds, self._fetches, fetched, self._devices
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise EngineError(f"ONNX Runtime failed on {batch} x {shape[1]} tokens: {brief(error)}") from error
-        values = tuple(fetched)
-        logits = values[0].numpy().astype(np.float32, copy=False).reshape(batch, -1)
-        kept = tuple(value.numpy() for value in values[1 : self._groups])
-        return Step(logits, kept, OrtCache(batch, values[self._groups :], self._groups, self._session))
+        logits = fetched[0].numpy().astype(np.float32, copy=False).reshape(batch, -1)
+        if shape[1] == 1:  # a token alone stays; looking takes longer
+            kept = (np.minimum(position_ids, 0),) * stages
+        else:
+            kept = tuple(fetched[index].numpy() for index in range(1, self._groups))
+        return Step(logits, kept, OrtCache(batch, fetched, self._groups, self._groups, self._session))
+
+    def _inputs(self, batch: int, sequence: int) -> tuple[list[Int64], list[Any]]:
+        """Arrays for ids, positions and keep, and OrtValues over them; those of single tokens are used again."""
+        if sequence == 1 and batch in self._single:
+            return self._single[batch]
+        shapes = [(batch, sequence), (batch, sequence), (batch, len(self._stages))][: self._fixed]
+        arrays = [np.empty(shape, np.int64) for shape in shapes]
+        made = arrays, [self._value.ortvalue_from_numpy(array, self._cpu) for array in arrays]
+        if sequence == 1:
+            self._single[batch] = made
+        return made
 
 
 def contract(layers: int, stages: int) -> tuple[dict[str, Port], dict[str, Port]]:

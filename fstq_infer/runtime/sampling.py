@@ -64,23 +64,30 @@ class Sampler:
         ``history`` must be the same growing sequence at every call: only what was added since the last one is read.
         Raises EngineError when the logits hold NaN or have no finite maximum.
         """
-        if self.sampling.repetition_penalty != 1.0:
-            logits = self._penalized(logits, history)
-        best = int(np.argmax(logits))  # NaN counts as the largest value, so one look finds any
-        if not math.isfinite(logits[best]):
-            raise EngineError(
-                f"the engine returned {logits[best]} as its largest logit, which no token can be drawn from. The "
-                "weights or activations overflowed; build the engine again with a wider format (float32 or bfloat16)"
-            )
+        if self.sampling.repetition_penalty == 1.0:
+            return self._choose(logits)
+        if not logits.flags.writeable:
+            logits = logits.copy()
+        ids = self._seen_ids(history, len(logits))
+        seen = logits[ids]
+        logits[ids] = penalized(seen, self.sampling.repetition_penalty)  # a copy of all logits would take longer
+        try:
+            return self._choose(logits)
+        finally:
+            logits[ids] = seen
+
+    def _choose(self, logits: Floats) -> int:
         if self._rng is None:
+            best = int(np.argmax(logits))  # NaN counts as the largest value, so one look finds any
+            _check_finite(logits[best])
             return best
         ids, weights = candidates(logits, self.sampling)
         place = _draw(weights, self._rng.random())
         return int(ids[place]) if ids is not None else place
 
-    def _penalized(self, logits: Floats, history: Sequence[int]) -> Floats:
-        """A copy of the logits with every seen token made less likely (more likely for a penalty below 1)."""
-        fresh = {token for token in history[self._read :] if token < len(logits)} - self._seen
+    def _seen_ids(self, history: Sequence[int], vocab: int) -> Ints:
+        """The distinct ids in ``history`` so far, those that the engine has no logit for left out."""
+        fresh = {token for token in history[self._read :] if token < vocab} - self._seen
         self._read = len(history)
         if fresh:
             self._seen |= fresh
@@ -91,22 +98,24 @@ class Sampler:
                 self._ids = grown
             self._ids[self._count : end] = list(fresh)
             self._count = end
-        ids = self._ids[: self._count]
-        seen = logits[ids]
-        penalty = logits.dtype.type(self.sampling.repetition_penalty)
-        logits = logits.copy()
-        logits[ids] = np.where(seen < 0, seen * penalty, seen / penalty)
-        return logits
+        return self._ids[: self._count]
+
+
+def penalized(logits: Floats, penalty: float) -> Floats:
+    """Logits of seen tokens, made less likely (more likely for a penalty below 1)."""
+    factor = logits.dtype.type(penalty)
+    return np.where(logits < 0, logits * factor, logits / factor)
 
 
 def candidates(logits: Floats, sampling: Sampling) -> tuple[Ints | None, Floats]:
     """The ids that may be drawn (None = all, in order) and their weights (not normalised). Needs temperature > 0."""
-    peak = logits.max()
-    top_k = sampling.top_k if 0 < sampling.top_k < len(logits) else 0
-    if top_k:
-        ids = top_ids(logits, top_k)
-        weights = np.exp((logits[ids].astype(np.float64) - peak) / sampling.temperature)
+    if 0 < sampling.top_k < len(logits):
+        ids = top_ids(logits, sampling.top_k)
+        top = logits[ids].astype(np.float64)
+        weights = np.exp((top - top.max()) / sampling.temperature)
         return _nucleus(ids, weights, sampling.top_p * weights.sum()) if sampling.top_p < 1 else (ids, weights)
+    peak = logits.max()
+    _check_finite(peak)
     weights = np.exp((logits - peak) / logits.dtype.type(max(sampling.temperature, 1e-30)))
     if sampling.top_p == 1:
         return None, weights
@@ -121,17 +130,32 @@ def candidates(logits: Floats, sampling: Sampling) -> tuple[Ints | None, Floats]
 
 
 def top_ids(logits: Floats, k: int) -> Ints:
-    """Ascending ids of the ``k`` largest logits, and of those equal to the smallest of them. 0 < k <= len(logits)."""
+    """Ascending ids of the ``k`` largest logits, and of those equal to the smallest of them. 0 < k <= len(logits).
+
+    Raises EngineError when the logits hold NaN or have no finite maximum.
+    """
     width = 16 * k
-    ids: Ints | None = None
-    if width * 4 <= len(logits):
-        # k of these column maxima are at least the k-th largest of them, so no smaller logit is among the top k:
-        # two cheap passes leave little more than k logits to select from.
-        maxima = logits[: len(logits) // width * width].reshape(-1, width).max(axis=0)
-        ids = np.flatnonzero(logits >= np.partition(maxima, width - k)[width - k])
-        logits = logits[ids]
-    kept = np.flatnonzero(logits >= np.partition(logits, len(logits) - k)[len(logits) - k])
-    return kept if ids is None else ids[kept]
+    if width * 4 > len(logits):
+        _check_finite(logits.max())
+        return np.flatnonzero(logits >= np.partition(logits, len(logits) - k)[len(logits) - k])
+    # k of these column maxima are at least the k-th largest of them, so what is smaller is not among the top k, nor
+    # is anything else in its column: one pass over the logits leaves few columns to select from.
+    rows = len(logits) // width
+    table, rest = logits[: rows * width].reshape(rows, width), logits[rows * width :]
+    maxima = table.max(axis=0)
+    _check_finite(np.maximum(maxima.max(), rest.max(initial=-np.inf)))
+    columns = np.flatnonzero(maxima >= np.partition(maxima, width - k)[width - k])
+    ids = np.append((columns + width * np.arange(rows)[:, None]).ravel(), np.arange(rows * width, len(logits)))
+    top = logits[ids]
+    return ids[top >= np.partition(top, len(top) - k)[len(top) - k]]
+
+
+def _check_finite(peak: np.floating[Any]) -> None:
+    if not math.isfinite(peak):
+        raise EngineError(
+            f"the engine returned {peak} as its largest logit, which no token can be drawn from. The "
+            "weights or activations overflowed; build the engine again with a wider format (float32 or bfloat16)"
+        )
 
 
 def _nucleus(ids: Ints, weights: Floats, mass: float) -> tuple[Ints, Floats]:

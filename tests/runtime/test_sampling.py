@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fstq_infer.errors import EngineError, OptionError
 from fstq_infer.runtime.sampling import Sampler, Sampling, _draw, candidates, top_ids
+from fstq_infer.runtime.sampling import penalized as penalized_logits
 
 
 def random_logits(size: int, seed: int) -> np.ndarray:
@@ -143,7 +144,8 @@ def test_support_equals_hugging_face() -> None:
         for step in chain:
             scores = step(ids, scores)
         expected = torch.softmax(scores[0].double(), -1).numpy()
-        ours = Sampler(sampling)._penalized(logits, history)
+        ours, seen = logits.copy(), np.unique(history)
+        ours[seen] = penalized_logits(logits[seen], sampling.repetition_penalty)
         _, margin = naive_support(ours, sampling)
         if margin < 1e-5:
             continue
