@@ -34,7 +34,7 @@ from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.probe import Probe, ProbeInput
 from fstq_infer.fisher.prune import pruned_outcome
-from fstq_infer.fisher.scores import BASELINES, SCORES, TARGETS, Evidence
+from fstq_infer.fisher.scores import BASELINES, SCORES, TARGETS, Evidence, computable
 from fstq_infer.fisher.select import keep_count, select
 
 KEEPS = (0.75, 0.5, 0.35, 0.25, 0.18, 0.125)
@@ -135,7 +135,7 @@ class Calibrator:
     def run(self) -> Calibration:
         """The whole calibration."""
         seen = self._observe(self.training, "observe training items")
-        held = self._observe(self.held, "observe held-out items")
+        held = self._observe(self.held, "observe held-out items", published=True)
         dense = Outcome(np.array([float(o.exact) for o in held]), np.array([o.nll for o in held]))
         trials = list(self._distilled(seen, held, dense))
         best = min(trials, key=lambda trial: self._rating(trial, dense))
@@ -146,11 +146,13 @@ class Calibrator:
         keep, met = self._choose_keep(best, dense)
         return self._result(best, keep, met, dense, seen, held)
 
-    def _observe(self, items: Sequence[Item], label: str) -> list[Observation]:
+    def _observe(self, items: Sequence[Item], label: str, published: bool = False) -> list[Observation]:
         with self._timed("observe"):
             window = self.recipe.window
             count = len(items)
-            return observe(self.decoder, items, self.candidates, window, lambda n: self.progress(label, n, count))
+            return observe(
+                self.decoder, items, self.candidates, window, lambda n: self.progress(label, n, count), published
+            )
 
     def _distilled(self, seen: Sequence[Observation], held: Sequence[Observation], dense: Outcome) -> Iterator[Trial]:
         """A trial for each candidate layer and sensitivity, measured."""
@@ -179,8 +181,7 @@ class Calibrator:
         for index, o in enumerate(held):
             with torch.no_grad():
                 scores = probe(ProbeInput.pad([o.inputs[layer]]))[0].numpy()
-            window, gate, embedding = o.window[layer].float().numpy(), o.gate[layer].numpy(), o.embedding.numpy()
-            evidence.append(Evidence(window, gate, embedding, scores, self.recipe.seed * 1_000_003 + index))
+            evidence.append(o.evidence(layer, scores, self.recipe.seed * 1_000_003 + index))
         return Trial(name, layer, score, probe, evidence)
 
     def _rating(self, trial: Trial, dense: Outcome) -> tuple[float, float]:
@@ -289,7 +290,7 @@ class Calibrator:
 
     def _curves(self, trial: Trial, dense: Outcome) -> dict[str, list[dict[str, Any]]]:
         """Quality over keep ratio for the probe and, beside it, the baselines and the sensitivities themselves."""
-        names = (*BASELINES, *TARGETS)
+        names = computable((*BASELINES, *TARGETS), trial.evidence[0])
         measured = {keep for name, at, keep in self.outcomes if name == trial.name and at == trial.layer and keep < 1}
         keeps = sorted({*CURVE, *measured}, reverse=True)
         out = {"probe": [self._row(dense, self._measure(trial.name, trial, k), k) for k in keeps]}

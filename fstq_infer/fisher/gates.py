@@ -4,20 +4,28 @@ A presence gate ``m_i`` multiplies token i as a key for all other queries in the
 an additive bias ``log m_i`` on its attention logits it needs no change to the model. With one bias per layer the
 gradient for prune layer l is the sum over the layers from l on, so a single pass serves every candidate. Scores are
 squared gradients of the answer's margin (logit minus mean), which does not vanish where the loss saturates.
+
+What published scorers read comes from the same pass, with the prune layers' projections and the head run once more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional
 
-from fstq_infer.fisher.hooks import Decoder, Seen, key_bias, watch
+from fstq_infer.fisher.hooks import Call, Decoder, Heads, Seen, heads, key_bias, watch
 from fstq_infer.fisher.items import Batch, Item, batches
 from fstq_infer.fisher.probe import ProbeInput
+from fstq_infer.fisher.scores import Array, Evidence, expected_attention
 
 ANSWER_TOP = 64
+AHEAD = 512  # future positions that expected attention averages over
+HEAD_TOKENS = 512  # logits in memory at once; vocabularies are large
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,7 @@ class Observation:
     window: prune layer -> (H, W, S) attention of the last W queries in the layer before, half precision.
     likely, weight: (A, K) ids and probabilities of the dense model's K most likely tokens at each answer position.
     exact: whether the dense model's greedy answer is the label. nll: its mean negative log-likelihood, nats per token.
+    own, key_norm, expected: prune layer -> as in :class:`Evidence`; surprise: (S,). For published scorers, where asked.
     """
 
     gate: torch.Tensor
@@ -38,6 +47,28 @@ class Observation:
     weight: torch.Tensor
     exact: bool
     nll: float
+    own: dict[int, torch.Tensor] = field(default_factory=dict)
+    key_norm: dict[int, torch.Tensor] = field(default_factory=dict)
+    expected: dict[int, torch.Tensor] = field(default_factory=dict)
+    surprise: torch.Tensor | None = None
+
+    def evidence(self, layer: int, probe: Array | None = None, seed: int = 0) -> Evidence:
+        """What scorers may read at a prune layer; ``probe``: (S,) scores of one."""
+
+        def array(found: torch.Tensor | None) -> Array | None:
+            return None if found is None else found.numpy()
+
+        return Evidence(
+            attention=self.window[layer].float().numpy(),
+            gate=self.gate[layer].numpy(),
+            embedding=self.embedding.numpy(),
+            probe=probe,
+            own=array(self.own.get(layer)),
+            key_norm=array(self.key_norm.get(layer)),
+            expected=array(self.expected.get(layer)),
+            surprise=array(self.surprise),
+            seed=seed,
+        )
 
 
 def run(decoder: Decoder, batch: Batch) -> torch.Tensor:
@@ -58,7 +89,7 @@ def outcome(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Ten
     """((B,) bool exact match, (B,) mean negative log-likelihood in nats per token) under logits (B, A, vocab)."""
     mask = batch.answer_mask
     hit = ((logits.argmax(-1) == batch.labels) | ~mask).all(1)
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none") * mask
+    losses = functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none") * mask
     return hit, losses.sum(1) / mask.sum(1)
 
 
@@ -80,15 +111,16 @@ def observe(
     layers: Sequence[int],
     window: int,
     progress: Callable[[int], None] | None = None,
+    published: bool = False,
 ) -> list[Observation]:
     """Observe all items; ``layers`` are the candidate prune layers (1 or more), whose features are recorded.
 
-    progress is called with the number of items done after each batch.
+    progress is called with the number of items done after each batch. published: record what published scorers need.
     """
     found: list[Observation | None] = [None] * len(items)
     done = 0
     for indices, batch in batches(items):
-        for index, observation in zip(indices, _observe(decoder, batch, tuple(layers), window), strict=True):
+        for index, observation in zip(indices, _observe(decoder, batch, tuple(layers), window, published), strict=True):
             found[index] = observation
         done += len(indices)
         if progress:
@@ -96,15 +128,21 @@ def observe(
     return [o for o in found if o is not None]
 
 
-def _observe(decoder: Decoder, batch: Batch, layers: tuple[int, ...], window: int) -> list[Observation]:
+def _observe(
+    decoder: Decoder, batch: Batch, layers: tuple[int, ...], window: int, published: bool
+) -> list[Observation]:
     rows, prompt = len(batch.ids), batch.prompt
     gates = [torch.zeros(rows, prompt, requires_grad=True) for _ in decoder.layers]
+    own = layers if published else ()
+    outputs: list[Any] = []
     with (
         torch.enable_grad(),
+        decoder.base.register_forward_hook(lambda _module, _args, output: outputs.append(output)),
         watch(
             decoder,
             hidden=(0, *layers),
-            attention=tuple(p - 1 for p in layers),
+            attention=(*(p - 1 for p in layers), *own),
+            calls=own,
             queries=slice(max(0, prompt - window), prompt),
             before={0: _keep_gradient},
         ) as seen,
@@ -138,7 +176,78 @@ def _observe(decoder: Decoder, batch: Batch, layers: tuple[int, ...], window: in
                 nll=float(nll[row]),
             )
         )
+    return _published(decoder, seen, outputs[0], batch, out) if published else out
+
+
+def _published(decoder: Decoder, seen: Seen, output: Any, batch: Batch, plain: list[Observation]) -> list[Observation]:
+    """The observations with what published scorers read. output: the decoder's, before its head."""
+    out = []
+    with torch.no_grad():
+        nll = surprise(decoder, output, batch)
+        caught = {p: h for p, call in seen.calls.items() if (h := future_heads(decoder.attentions[p], call, batch))}
+        for row, observation in enumerate(plain):
+            v = batch.prompt_valid[row].nonzero()[:, 0]
+            expected = {}
+            for p, h in caught.items():
+                q, k, values = (x[row][:, v].numpy() for x in (h.query, h.key, h.value))
+                expected[p] = torch.from_numpy(expected_attention(q, k, values, h.scale))
+            out.append(
+                replace(
+                    observation,
+                    own={p: seen.attention[p][row, :, -len(v) :, v].mean((0, 1)) for p in observation.window},
+                    key_norm={p: h.key[row][:, v].norm(dim=-1).mean(0) for p, h in caught.items()},
+                    expected=expected,
+                    surprise=nll[row, v],
+                )
+            )
     return out
+
+
+def future_heads(attention: nn.Module, call: Call, batch: Batch) -> Heads | None:
+    """Heads with queries rotated by the average of the rotations of the ``AHEAD`` positions after the prompt.
+
+    Rotations are linear in their cosines and sines, so the attention module itself applies the average ones, whatever
+    its layout. Without rotary embeddings, queries are as in the prompt.
+    """
+    now, rotary = heads(attention, call), call[1].get("position_embeddings")
+    if now is None or not isinstance(rotary, tuple):
+        return now
+    cos, sin = rotary
+    mean_cos, mean_sin = (x[:, None].expand_as(cos) for x in average_rotation(cos, sin, batch))
+    future = heads(attention, call, position_embeddings=(mean_cos, mean_sin))
+    return future and replace(now, query=future.query)
+
+
+def average_rotation(cos: torch.Tensor, sin: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, D) cosines and sines averaged over the ``AHEAD`` positions after each prompt, from those (B, S, D) in it.
+
+    Position 1 tells each dimension's angle per position, and its scale.
+    """
+    rows = torch.arange(len(cos))
+    first = (batch.positions == 1).int().argmax(1)
+    cos, sin = cos[rows, first], sin[rows, first]
+    steps = batch.prompt_valid.sum(1, keepdim=True) + torch.arange(AHEAD)
+    angles = torch.atan2(sin, cos)[:, None] * steps[..., None]
+    scale = torch.hypot(sin, cos)
+    return scale * angles.cos().mean(1), scale * angles.sin().mean(1)
+
+
+def surprise(decoder: Decoder, output: Any, batch: Batch) -> torch.Tensor:
+    """(B, prompt) negative log-likelihood of each prompt token in nats; 0 for the first.
+
+    output: the decoder's for this batch. A hook puts it in place of what one token gives, so that only the head works.
+    """
+    found = torch.zeros(batch.ids.shape[0], batch.prompt)
+    step = max(1, HEAD_TOKENS // len(found))
+    with decoder.base.register_forward_hook(lambda *_: output):
+        for start in range(1, batch.prompt, step):
+            columns = torch.arange(start, min(start + step, batch.prompt))
+            kept = {"use_cache": False, "logits_to_keep": columns - 1}
+            logits = decoder.model(input_ids=batch.ids[:, :1], **kept).logits.float()
+            wanted = batch.ids[:, columns]
+            losses = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+            found[:, columns] = losses.view_as(wanted)
+    return found * (batch.positions[:, : batch.prompt] > 0)
 
 
 def _keep_gradient(seen: Seen) -> None:

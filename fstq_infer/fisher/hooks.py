@@ -18,12 +18,15 @@ from fstq_infer.errors import UnsupportedModelError
 _LAYER_LISTS = ("layers", "h", "blocks")
 _ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Where a causal LM keeps its decoder layers and their attention modules."""
+    """Where a causal LM keeps its decoder layers and their attention modules; base is the model without its head."""
 
     model: nn.Module
+    base: nn.Module
     layers: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
 
@@ -47,7 +50,7 @@ class Decoder:
                 f"{type(model).__name__}: decoder layer {missing[0]} has no attention module; token pruning needs "
                 "attention in every layer"
             )
-        return cls(model, tuple(layers), tuple(a for a in attentions if a is not None))
+        return cls(model, base, tuple(layers), tuple(a for a in attentions if a is not None))
 
 
 @dataclass(slots=True)
@@ -55,11 +58,50 @@ class Seen:
     """What a forward pass passed by, by layer, and the biases it is to add.
 
     hidden: layer inputs (B, S, D). attention: weights (B, H, Q, S). bias: (B, 1, S, S), added to attention logits.
+    calls: the arguments of attention modules, for :func:`heads`.
     """
 
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     attention: dict[int, torch.Tensor] = field(default_factory=dict)
     bias: dict[int, torch.Tensor] = field(default_factory=dict)
+    calls: dict[int, Call] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What attention computes its weights from, positions applied: query (B, H, S, D), key and value (B, G, S, D).
+
+    H is a multiple of G, the number of key-value heads. scale: of the logits, ``D**-0.5`` in most models.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+
+
+def heads(attention: nn.Module, call: Call, **changes: Any) -> Heads | None:
+    """The heads of an attention module, by another call as in ``call`` but for ``changes`` to its keyword arguments.
+
+    Only the projections run again. None for the few families that do not use Transformers' attention interface, such as
+    GPT-Neo. Not for use within :func:`watch`, which would see the call, nor beside another thread with an eager model.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    found: list[Heads] = []
+
+    def catch(
+        _module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        found.append(Heads(query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5))
+        return query[..., : value.shape[-1]].transpose(1, 2), None  # of the output's shape; nobody reads it
+
+    ALL_ATTENTION_FUNCTIONS["eager"] = catch
+    try:
+        attention(*call[0], **{**call[1], **changes})
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["eager"]
+    return found[0] if found else None
 
 
 def causal_bias(attention_mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
@@ -85,10 +127,11 @@ def watch(
     decoder: Decoder,
     hidden: tuple[int, ...] = (),
     attention: tuple[int, ...] = (),
+    calls: tuple[int, ...] = (),
     queries: slice = slice(None),
     before: dict[int, Callable[[Seen], None]] | None = None,
 ) -> Iterator[Seen]:
-    """Record layer inputs and attention weights, and add ``seen.bias[l]`` (B, 1, S, S) to layer l's attention logits.
+    """Record layer inputs, attention weights and calls, and add ``seen.bias[l]`` (B, 1, S, S) to layer l's logits.
 
     ``before[l]`` is called with all that was seen as layer l starts, and may set biases for layer l and later ones:
     this is how a probe that reads layer l's input gates the layers that follow, within one forward pass.
@@ -106,6 +149,8 @@ def watch(
 
     def on_attention(index: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if index in calls:
+                seen.calls[index] = args, kwargs
             bias = seen.bias.get(index)
             if bias is None:
                 return None

@@ -30,6 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": SHARED,
     "Qwen2": SHARED,
     "Gemma2": SHARED | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "Phi3": SHARED | {"partial_rotary_factor": 0.5},
     "GPT2": {
         "vocab_size": VOCABULARY,
         "n_embd": WIDTH,

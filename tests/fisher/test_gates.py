@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="torch is not installed; it comes with the 'export' extra")
+pytest.importorskip("transformers", reason="transformers is not installed; it comes with the 'export' extra")
 
 import torch
+import transformers
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fstq_infer.errors import UnsupportedModelError
-from fstq_infer.fisher.gates import observe, outcome, run
-from fstq_infer.fisher.hooks import Decoder, causal_bias, watch
+from fstq_infer.fisher import gates
+from fstq_infer.fisher.gates import average_rotation, future_heads, observe, outcome, run
+from fstq_infer.fisher.hooks import Decoder, causal_bias, heads, watch
 from fstq_infer.fisher.items import Item, batches, collate
+from fstq_infer.fisher.scores import BASELINES, SCORES, computable
 
 from .models import FAMILIES, HEADS, LAYERS, VOCABULARY, WIDTH, tiny, tokens
 
@@ -135,6 +141,105 @@ def close(found: Any, wanted: Any, tolerance: float = 1e-3) -> None:
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max() + 1e-12
 
 
+@pytest.fixture(scope="module")
+def seen() -> Any:
+    """family -> its observations of all items, in one batch and one by one."""
+    found: dict[str, Any] = {}
+
+    def of(family: str) -> Any:
+        if family not in found:
+            decoder = Decoder.of(tiny(family))
+            alone = [observe(decoder, [item], (2,), 6, published=True)[0] for item in ITEMS]
+            found[family] = observe(decoder, ITEMS, (2,), 6, published=True), alone
+        return found[family]
+
+    return of
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_do_not_depend_on_padding(seen: Any, family: str, name: str) -> None:
+    for item, row, alone in zip(ITEMS, *seen(family), strict=True):
+        together, single = (SCORES[name](o.evidence(2, o.embedding.numpy())) for o in (row, alone))
+        assert together.shape == (len(item.prompt),) and np.isfinite(together).all()
+        half = name in ("last-token", "window")  # kept in half precision
+        np.testing.assert_allclose(together, single, rtol=1e-3 if half else 1e-4, atol=1e-4 * abs(single).max())
+        assert name in ("random", "recency") or len(item.prompt) < 14 or np.ptp(together) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_own_attention_and_surprise_are_those_of_the_model(
+    family: str, seen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(family)
+    monkeypatch.setattr(gates, "HEAD_TOKENS", 12)
+    chunked = observe(Decoder.of(model), ITEMS, (2,), 6, published=True)
+    for item, row, other in zip(ITEMS, seen(family)[0], chunked, strict=True):
+        ids = torch.tensor([item.prompt])
+        output = model(input_ids=ids, output_attentions=True)
+        close(row.own[2], output.attentions[2][0, :, -6:].mean((0, 1)), 1e-4)
+        nll = -output.logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        for found in (row.surprise, other.surprise):
+            torch.testing.assert_close(found, torch.cat([torch.zeros(1), nll]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_are_those_that_attention_is_made_of(family: str) -> None:
+    model, batch = tiny(family), collate(ITEMS[:1])
+    decoder = Decoder.of(model)
+    with torch.no_grad(), watch(decoder, attention=(2,), calls=(2,)) as seen:
+        run(decoder, batch)
+    with torch.no_grad():
+        h = heads(decoder.attentions[2], seen.calls[2])
+    assert h is not None and h.query.shape[:3] == (1, HEADS, len(ITEMS[0]))
+    logits = h.query @ h.key.repeat_interleave(HEADS // h.key.shape[1], 1).transpose(2, 3) * h.scale
+    cap = getattr(model.config, "attn_logit_softcapping", None)
+    logits = logits if cap is None else cap * (logits / cap).tanh()
+    size = logits.shape[-1]
+    masked = logits.masked_fill(torch.ones(size, size).triu(1).bool(), -torch.inf)
+    close(masked[:, :, :8].softmax(-1), seen.attention[2][:, :, :8], 1e-4)  # before Gemma 2's sliding window closes
+    close(observe(decoder, ITEMS[:1], (2,), 6, published=True)[0].key_norm[2], h.key[0, :, :14].norm(dim=-1).mean(0))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Phi3"])
+def test_future_queries_are_the_mean_over_future_positions(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny(family), collate(ITEMS)
+    decoder = Decoder.of(model)
+    monkeypatch.setattr(gates, "AHEAD", 40)
+    with torch.no_grad(), watch(decoder, calls=(2,)) as seen:
+        run(decoder, batch)
+    call = seen.calls[2]
+    with torch.no_grad():
+        found = future_heads(decoder.attentions[2], call, batch)
+        queries = []
+        for step in range(40):
+            ahead = (batch.prompt_valid.sum(1, keepdim=True) + step).expand(batch.ids.shape)
+            rotary = model.model.rotary_emb(call[1]["hidden_states"], ahead)
+            queries.append(heads(decoder.attentions[2], call, position_embeddings=rotary).query)
+    assert found is not None
+    close(found.query, torch.stack(queries).mean(0), 1e-4)
+
+
+def test_average_rotation_keeps_the_scale() -> None:
+    """Some rotary embeddings (YaRN) scale their cosines and sines."""
+    batch, angles = collate([Item((5, 6, 7), (8,))]), torch.tensor([0.5, 0.0])
+    turned = torch.arange(4)[:, None] * angles
+    cos, sin = average_rotation(1.5 * turned.cos()[None], 1.5 * turned.sin()[None], batch)
+    ahead = torch.arange(3, 3 + gates.AHEAD)[:, None] * angles
+    torch.testing.assert_close(cos[0], 1.5 * ahead.cos().mean(0), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sin[0], 1.5 * ahead.sin().mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_a_family_without_the_attention_interface_lacks_what_reads_keys() -> None:
+    config = transformers.GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_layers=2, num_heads=HEADS, attention_types=[[["global"], 2]]
+    )
+    config._attn_implementation = "eager"
+    decoder = Decoder.of(transformers.GPTNeoForCausalLM(config).eval().requires_grad_(False))
+    (row,) = observe(decoder, ITEMS[:1], (1,), 4, published=True)
+    assert set(BASELINES) - set(computable(BASELINES, row.evidence(1))) == {"key-norm", "expected-attention"}
+
+
 @pytest.mark.parametrize("score", ["gate", "embedding"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str, score: str) -> None:
@@ -183,8 +288,8 @@ def test_hooks_leave_no_trace(family: str) -> None:
             assert set(seen.hidden) == {0, 2} and set(seen.attention) == {1}
         with pytest.raises(ZeroDivisionError), watch(decoder, hidden=(0,)):
             raise ZeroDivisionError
-    observe(decoder, ITEMS, (1, 2), 4)
-    assert hooks_of(model) == 0
+    observe(decoder, ITEMS, (1, 2), 4, published=True)
+    assert hooks_of(model) == 0 and "eager" not in ALL_ATTENTION_FUNCTIONS
     assert torch.equal(run(decoder, batch), before)
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name])
