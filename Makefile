@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The CPU build of torch: an unpinned one may pull several GB of CUDA.
 CONSTRAINTS := constraints-cpu.txt
 
-.PHONY: setup demo test test-all lint bench train-demo clean
+.PHONY: setup demo test test-all lint bench plots train-demo clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ test-all: lint
 bench: $(STAMP)
 	$(BIN)/python bench/recall.py
 	$(BIN)/python bench/pruning.py
+
+# The README's pictures: of bench/results/quality.json, and of a prompt in a calibrated bundle.
+plots: $(STAMP)
+	$(BIN)/python bench/plots.py $(or $(BUNDLE),demo-out/model.bundle)
 
 train-demo: $(STAMP)
 	$(BIN)/python -m fstq_export.demo.train --out $(VENV)/demo-stage-1 --tokens 14000000

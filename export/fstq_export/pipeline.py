@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fstq_export import data, decoder, report, source, verify
+from fstq_export import data, decoder, report, source, timing, verify
 from fstq_export.calibrate import Calibration, Calibrator, Recipe
 from fstq_export.continuation import with_continuations
 from fstq_export.passes.pruning import PruneStage
@@ -126,9 +126,21 @@ class Export:
             gc.collect()  # the checkpoint stays mapped as long as the graph is referenced
             with self._step("verify"):
                 checked = self._verify(model, writer.path, stages, held, tokens)
+            with self._step("measure times"):
+                times = timing.measure(
+                    writer.path,
+                    decoder.GRAPH,
+                    self.parameters,
+                    [s.stage for s in stages],
+                    calibration.keep if calibration is not None else request.recipe.keep or 1.0,
+                    [item.prompt for item in held],
+                    model.config.vocab_size,
+                    model.config.max_position_embeddings,
+                )
             with self._step("write bundle"):
                 self._texts(tokens, writer.path)
                 content = self._report(model, tokens, calibration, left_out, checked, stages, nodes, writer.path, began)
+                content["timing"] = times
                 report.write_report(writer.path, content)
                 bundle = writer.commit(self._manifest(model, calibration, stages, generation))
         return Done(bundle.path, content, time.monotonic() - began, peak_rss())

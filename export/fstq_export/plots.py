@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec
 
 from markupsafe import Markup
 
 from fstq_export.wording import percent, visible
 from fstq_infer.errors import MissingExtraError
+from fstq_infer.fisher.scores import TARGETS
 
 METRICS = {"exact match": ("exact", "exact match"), "nll": ("nll", "negative log-likelihood")}  # key, name on the page
 
 # Okabe and Ito's palette, told apart with any kind of colour vision. Each becomes a CSS variable with itself as the
 # fallback, so that the page can lighten a colour on a dark ground and a plot still stands alone.
-INK, MUTED, PROBE = "#1b1e23", "#666b73", "#0072b2"
-BASELINES = {"random": "#8c8c8c", "recency": "#e69f00", "last-token": "#009e73", "window": "#cc79a7", "gate": "#d55e00"}
-BASELINES["embedding"] = "#d55e00"  # never beside gate: a report has the one its probe was trained on
-VARIABLES = {INK: "ink", MUTED: "muted", PROBE: "probe"}
-MARKERS, DASHES = "svD^Pv", ((0, ()), (0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)))
+INK, MUTED, PROBE, BEST, REFERENCE = "#1b1e23", "#666b73", "#0072b2", "#d55e00", "#009e73"
+VARIABLES = {INK: "ink", MUTED: "muted", PROBE: "probe", BEST: "best", REFERENCE: "reference"}
+DASHES = ((0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)), (0, (9, 2)), (0, ()))
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's own font
@@ -70,37 +70,15 @@ def _styled(draw: Callable[P, str]) -> Callable[P, str]:
 def quality_plot(calibration: dict[str, Any]) -> str:
     """SVG of the metric over the keep ratio, one line per scorer, dense and its limit across, the choice ringed."""
     key, name = METRICS[calibration["metric"]]
-    dense, scale = calibration["dense"][key], 100 if key == "exact" else 1
-    limit = dense * (1 + calibration["max_quality_drop"] * (-1 if key == "exact" else 1))
-    curves, chosen = calibration["curves"], calibration["chosen"]
-    figure, axes = _axes(7.2, 3.7, right=0.84)
-    ends = [("dense", dense * scale, 1.0, MUTED)]
+    dense, scale, sign = calibration["dense"][key], 100 if key == "exact" else 1, -1 if key == "exact" else 1
+    chosen = calibration["chosen"]
+    figure, (axes,) = _axes(7.2, 4.2, right=0.79)
+    limit = dense * (1 + sign * calibration["max_quality_drop"])
     axes.axhspan(dense * scale, limit * scale, color=PROBE, alpha=0.15, linewidth=0)
-    axes.axhline(dense * scale, color=MUTED, linewidth=1)
-    keeps = {1.0}
-    for number, (scorer, points) in enumerate(sorted(curves.items(), key=lambda item: item[0] == "probe")):
-        # Keeping everything is the dense model whatever the scorer, so every line starts there.
-        line = sorted({1.0: dense, **{point["keep"]: point[key] for point in points}}.items(), reverse=True)
-        x, y = [keep for keep, _ in line], [value * scale for _, value in line]
-        ours, colour = scorer == "probe", PROBE
-        if not ours:
-            colour = BASELINES.get(scorer, list(BASELINES.values())[number % len(BASELINES)])
-        style = (
-            {"linestyle": "-", "marker": "o"}
-            if ours
-            else {
-                "linestyle": DASHES[number % len(DASHES)],
-                "marker": MARKERS[number % len(MARKERS)],
-            }
-        )
-        axes.plot(x, y, color=colour, linewidth=2.6 if ours else 1.1, markersize=5 if ours else 3.5, **style)
-        ends.append((scorer, y[-1], x[-1], colour))
-        keeps.update(x)
     if chosen is not None:
-        sign = -1 if key == "exact" else 1
         low, high = sorted(dense * (1 + sign * drop) * scale for drop in chosen["interval"])
-        keeps.add(chosen["keep"])
-        axes.plot([chosen["keep"]] * 2, [low, high], color=INK, linewidth=1, marker="_", markersize=7)
+        high = min(high, 100) if key == "exact" else high
+        axes.plot([chosen["keep"]] * 2, [low, high], color=INK, linewidth=1, marker="_", markersize=7, zorder=5)
         axes.plot([chosen["keep"]], [chosen[key] * scale], "o", markersize=11, color=INK, fillstyle="none", zorder=5)
         axes.annotate(
             "chosen",
@@ -111,19 +89,61 @@ def quality_plot(calibration: dict[str, Any]) -> str:
             va="bottom",
             weight="bold",
         )
-    axes.margins(y=0.16)
-    _keep_axis(axes, sorted(keeps, reverse=True))
+    _curves(axes, curves(calibration, scale), dense * scale, sign < 0, [chosen["keep"]] if chosen else [])
     axes.set_ylabel(f"{name}, %" if key == "exact" else f"{name} (lower is better)", parse_math=False)
-    if key == "exact":
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], -3))
-    _label_ends(axes, ends)
     return _svg(figure, "quality", f"{name} against the share of prompt tokens kept")
+
+
+@_styled
+def quality_panels(rows: Sequence[Mapping[str, Any]]) -> str:
+    """SVG of exact match over the keep ratio, a panel for every model and prompt length, the probe's intervals drawn.
+
+    rows: model, tokens, scorer, keep, exact, low, high, dense; the last four as shares of the items.
+    """
+    panels: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault((row["model"], row["tokens"]), []).append(row)
+    figure, places = _axes(4.6, 3.1, right=0.72, top=0.35, count=len(panels))
+    for axes, ((model, tokens), measured) in zip(places, panels.items(), strict=True):
+        lines: dict[str, dict[float, float]] = {}
+        for row in measured:
+            lines.setdefault(row["scorer"], {})[row["keep"]] = row["exact"] * 100
+        ours = [row for row in measured if row["scorer"] == "probe"]
+        axes.vlines(
+            [row["keep"] for row in ours],
+            [row["low"] * 100 for row in ours],
+            [row["high"] * 100 for row in ours],
+            color=PROBE,
+            linewidth=1,
+        )
+        _curves(axes, lines, measured[0]["dense"] * 100, True)
+        axes.set_ylabel("exact match, %")
+        axes.set_title(visible(f"{model}, prompts of {tokens:,} tokens"), loc="left", fontsize=9, color=INK)
+    return _svg(figure, "panels", "exact match against the share of prompt tokens kept, by model and prompt length")
+
+
+def curves(calibration: dict[str, Any], scale: float = 1) -> dict[str, dict[float, float]]:
+    """A calibration's metric by scorer and keep ratio, times ``scale``."""
+    key, _ = METRICS[calibration["metric"]]
+    return {
+        scorer: {point["keep"]: point[key] * scale for point in points}
+        for scorer, points in calibration["curves"].items()
+    }
+
+
+def best_baseline(lines: Mapping[str, Mapping[float, float]], higher: bool) -> str | None:
+    """The strategy other than the probe and the references that is best on average over the ratios all have."""
+    rivals = {name: line for name, line in lines.items() if name not in ("probe", *TARGETS)}
+    shared = set.intersection(*(set(line) for line in rivals.values())) if rivals else set()
+    if not shared:
+        return None
+    return (max if higher else min)(rivals, key=lambda name: sum(rivals[name][keep] for keep in shared))
 
 
 @_styled
 def sensitivity_plot(shares: Sequence[float], prune_layers: Sequence[int]) -> str:
     """SVG of each decoder layer's share of the sensitivity (they sum to 1), prune layers marked."""
-    figure, axes = _axes(7.2, 2.5)
+    figure, (axes,) = _axes(7.2, 2.5)
     colours = [PROBE if layer in prune_layers else MUTED for layer in range(len(shares))]
     axes.bar(range(len(shares)), [share * 100 for share in shares], 0.76, color=colours, linewidth=0)
     top = max(shares, default=0) * 100 or 1.0
@@ -147,7 +167,7 @@ def sensitivity_plot(shares: Sequence[float], prune_layers: Sequence[int]) -> st
 @_styled
 def difference_plot(by_layer: Sequence[float], tolerance: float) -> str:
     """SVG of the largest difference to the reference after each decoder layer, on a log axis that ends at a floor."""
-    figure, axes = _axes(7.2, 2.3)
+    figure, (axes,) = _axes(7.2, 2.3)
     floor = min([value for value in (*by_layer, tolerance) if value > 0], default=1e-3) / 3
     axes.set_yscale("log")
     axes.set_ylim(floor / 1.6, max([floor, tolerance, *by_layer]) * 4)
@@ -177,12 +197,51 @@ def difference_plot(by_layer: Sequence[float], tolerance: float) -> str:
     return _svg(figure, "difference", "largest difference to the reference by decoder layer")
 
 
-def _axes(width: float, height: float, right: float = 0.99) -> tuple[Any, Any]:
-    """A figure of that many inches and its axes; ``right`` leaves room for labels beside them."""
+def _axes(width: float, height: float, right: float = 0.99, top: float = 0.1, count: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of ``count`` axes, two in a row, ``width`` times ``height`` inches each.
+
+    right: where the axes end, leaving room for labels beside them; top: inches above them.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height))
-    return figure, figure.add_axes((0.1, 0.5 / height, right - 0.1, 1 - 0.6 / height))
+    columns, rows, left = min(2, count), -(-count // 2), 0.68 / width
+    figure = Figure(figsize=(width * columns, height * rows))
+    shape = (right - left) / columns, (1 - (0.5 + top) / height) / rows
+    corners = [((n % 2 + left) / columns, (rows - 1 - n // 2 + 0.5 / height) / rows) for n in range(count)]
+    return figure, [figure.add_axes((*corner, *shape)) for corner in corners]
+
+
+def _curves(
+    axes: Any, lines: Mapping[str, Mapping[float, float]], dense: float, higher: bool, keeps: Sequence[float] = ()
+) -> None:
+    """Draw and name a line per scorer (keep ratio -> value): the probe bold, the best baseline marked, the rest thin.
+
+    keeps: ratios that get a tick besides those of the lines.
+    """
+    best = best_baseline(lines, higher)
+    ends = [("dense", 1.0, dense, dense, MUTED)]
+    axes.axhline(dense, color=MUTED, linewidth=1)
+    rest = sorted(set(lines) - {"probe", best, *TARGETS})
+    for scorer, values in lines.items():
+        # Keeping everything is the dense model whatever the scorer, so every line starts there.
+        line = sorted({1.0: dense, **values}.items(), reverse=True)
+        style: dict[str, Any] = {"color": MUTED, "linewidth": 0.7}
+        if scorer == "probe":
+            style = {"color": PROBE, "linewidth": 2.6, "marker": "o", "markersize": 5, "zorder": 4}
+        elif scorer == best:
+            style = {"color": BEST, "linewidth": 1.5, "marker": "D", "markersize": 3.5, "zorder": 3}
+        elif scorer in TARGETS:
+            style = {"color": REFERENCE, "linewidth": 0.9, "linestyle": DASHES[TARGETS.index(scorer)]}
+        else:
+            style["linestyle"] = DASHES[rest.index(scorer) % len(DASHES)]
+        x, y = [keep for keep, _ in line], [value for _, value in line]
+        axes.plot(x, y, **style)
+        ends.append((scorer, x[-1], y[-1], sum(y) / len(y), style["color"]))
+    axes.margins(y=0.08)
+    if higher:
+        axes.set_ylim(max(axes.get_ylim()[0], -3))
+    _keep_axis(axes, sorted({1.0, *keeps, *(keep for values in lines.values() for keep in values)}, reverse=True))
+    _label_ends(axes, ends, best)
 
 
 def _keep_axis(axes: Any, keeps: Sequence[float]) -> None:
@@ -210,28 +269,33 @@ def _layer_axis(axes: Any, layers: int) -> None:
     axes.set_xlabel("decoder layer")
 
 
-def _label_ends(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Name each line beside its last point (name, y, x, colour); names are moved apart and led back to their lines."""
+def _label_ends(axes: Any, ends: Sequence[tuple[str, float, float, float, str]], best: str | None) -> None:
+    """Name each line (name, last x, last y, mean y, colour) beside its end; names are moved apart and led back."""
     bottom, top = axes.get_ylim()
-    ends = sorted(ends, key=lambda end: end[1])
-    gap, places = 0.07, [(y - bottom) / (top - bottom) for _, y, _, _ in ends]
+    gap, ends = min(0.062, 1 / len(ends)), sorted(ends, key=lambda end: end[2])
+    # From bottom to top; lines that meet in the end are named in the order that they had before.
+    apart = (later[2] - end[2] > gap / 2 * (top - bottom) for end, later in itertools.pairwise(ends))
+    groups = itertools.accumulate(apart, initial=0)
+    ends = [end for _, end in sorted(zip(groups, ends, strict=True), key=lambda pair: (pair[0], pair[1][3]))]
+    places = [(y - bottom) / (top - bottom) for _, _, y, _, _ in ends]
     for _ in range(100):  # push neighbours apart by equal parts until all fit
         for at in range(1, len(places)):
             push = max(0.0, gap - (places[at] - places[at - 1])) / 2
             places[at - 1], places[at] = places[at - 1] - push, places[at] + push
         places = [min(max(place, gap * at), 1 - gap * (len(places) - 1 - at)) for at, place in enumerate(places)]
-    for (name, y, x, colour), place in zip(ends, places, strict=True):
+    for (name, x, y, _, colour), place in zip(ends, places, strict=True):
         axes.annotate(
             visible(name),
             (1 if name == "dense" else x, y),
-            (1.04, place),
+            (1.05, place),
             va="center",
             annotation_clip=False,
             xycoords=axes.get_yaxis_transform() if name == "dense" else "data",
             textcoords="axes fraction",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 1},
-            color=PROBE if name == "probe" else INK,
-            weight="bold" if name == "probe" else "normal",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 1}
+            | {"relpos": (0, 0.5)},  # from the name's left edge
+            color=colour,
+            weight="bold" if name in ("probe", best) else "normal",
         )
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from fstq_export.plots import METRICS, difference_plot, quality_plot, sensitivity_plot
+from fstq_export.plots import METRICS, best_baseline, curves, difference_plot, quality_plot, sensitivity_plot
 from fstq_export.wording import percent, seconds, size, typeset, visible
 from fstq_infer.errors import ExportError
+from fstq_infer.fisher.scores import TARGETS
 
 SHOWN_TOKENS, SHOWN_CHARACTERS = 4000, 64  # of the example prompt and of a token; the rest is in report.json
 LEVELS = 10  # shades of the heat map
@@ -66,6 +67,9 @@ def render(report: dict[str, Any]) -> str:
         report,
         verdict=verdict(report),
         metric=METRICS[calibration["metric"]] if calibration else None,
+        best=best_baseline(curves(calibration), calibration["metric"] == "exact match") if calibration else None,
+        references=[name for name in TARGETS if calibration and name in calibration["curves"]],
+        time=time_bars(report["timing"]) if "skipped" not in report["timing"] else None,
         heat=heat_map(calibration["example"]) if calibration and calibration["example"] else None,
         plots={name: Markup(svg) for name, svg in plots.items()},  # our own drawing; matplotlib escapes the few names
     )
@@ -98,11 +102,45 @@ def verdict(report: dict[str, Any]) -> str:
         said = f" (the closest, keeping {setting(near)}, {cost(near['drop'])} {items})" if near else ""
         return f"No setting met the {allowed} you allowed{said}: {dense}"
     low, high = (percent(value) for value in chosen["interval"])
-    end = f"within the {allowed} you allowed." if calibration["met"] else f"the {allowed} you allowed is not met."
+    end, reach = f"within the {allowed} you allowed", _reach(calibration)
+    if not calibration["met"]:
+        end = f"the {allowed} you allowed is not met"
+    elif reach > calibration["max_quality_drop"]:
+        end += f", though {calibration['held_out']:,} items cannot rule out a cost of {percent(reach)}"
     return (
         f"Keeping {setting(chosen)} {cost(chosen['drop'])} {items} "
-        f"(95 % interval {low.removesuffix(' %')} to {high}): {end}"
+        f"(95 % interval {low.removesuffix(' %')} to {high}): {end}."
     )
+
+
+def _reach(calibration: dict[str, Any]) -> float:
+    """The largest drop that the held-out items leave possible, with 95 % confidence.
+
+    Where no answer was lost, resampling the items shows none either: the rule of three says how many could be.
+    """
+    highest: float = calibration["chosen"]["interval"][1]
+    if highest == 0 and calibration["metric"] == "exact match":
+        highest = min(1.0, 3 / calibration["held_out"] / calibration["dense"]["exact"])
+    return highest
+
+
+def time_bars(timing: dict[str, Any]) -> dict[str, Any]:
+    """Measured times as bars: per bar its name, total (ms) and parts (name, ms, share of the longest bar)."""
+    kept = f"pruned, {percent(timing['keep'])} kept"
+    measured = {"dense": timing["dense_ms"]} | ({kept: timing["pruned_ms"]} if timing["pruned_ms"] else {})
+    longest = max(sum(parts.values()) for parts in measured.values()) or 1.0
+    names = list(next(reversed(measured.values())))  # the pruned bar's, where there is one: it has the probe too
+    return {
+        "names": names,
+        "bars": [
+            {
+                "name": name,
+                "total": sum(parts.values()),
+                "parts": [(part, parts[part], parts[part] / longest) for part in names if part in parts],
+            }
+            for name, parts in measured.items()
+        ],
+    }
 
 
 def heat_map(example: dict[str, Any]) -> dict[str, Any]:

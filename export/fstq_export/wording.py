@@ -38,6 +38,9 @@ def size(count: int) -> str:
 
 
 def seconds(seconds: float) -> str:
+    """0.00421 -> "4.21 ms", 0.25 -> "250 ms", 12.34 -> "12.3 s", 150 -> "2 min 30 s"."""
+    if seconds < 0.1:
+        return f"{seconds * 1000:.3g} ms"
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     return f"{seconds:.1f} s" if seconds < 120 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"

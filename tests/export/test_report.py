@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 
 import pytest
 from fstq_export import wording
-from fstq_export.plots import difference_plot, quality_plot, sensitivity_plot
-from fstq_export.report import heat_map, render, verdict, write_report
+from fstq_export.plots import best_baseline, difference_plot, quality_panels, quality_plot, sensitivity_plot
+from fstq_export.report import heat_map, render, time_bars, verdict, write_report
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,6 +103,22 @@ def full() -> Report:
             "decode_steps": 16,
         },
         "graph": {"stages": [{"layer": 2, "sink": 1, "window": 16}], "bytes": 1_534_000, "nodes": 812},
+        "timing": {
+            "tokens": 168,
+            "random": False,
+            "keep": 0.5,
+            "kept": 84,
+            "dense_ms": {"embedding": 0.1, "layers before": 0.9, "layers after": 4.0, "head": 0.04},
+            "dense_probe_ms": 1.5,
+            "pruned_ms": {
+                "embedding": 0.1,
+                "layers before": 0.9,
+                "probe and selection": 1.4,
+                "layers after": 1.56,
+                "head": 0.04,
+            },
+            "machine": {"cpu": "AMD EPYC", "cores": 2, "system": "Linux x86_64", "python": "3.11.7"},
+        },
         "resources": {"seconds": 171.4, "peak_rss_bytes": 1_310_000_000, "steps": {"calibrate": 150.0, "verify": 8.4}},
     }
 
@@ -110,6 +126,13 @@ def full() -> Report:
 def uncalibrated() -> Report:
     report = full()
     report["calibration"], report["graph"]["stages"], report["verification"]["pruned"] = None, [], None
+    report["timing"] |= {
+        "random": True,
+        "keep": 1.0,
+        "dense_ms": {"embedding": 0.1, "layers": 4.9, "head": 0.04},
+        "dense_probe_ms": None,
+        "pruned_ms": None,
+    }
     return report
 
 
@@ -118,6 +141,7 @@ def unmet() -> Report:
     report["calibration"] |= {"chosen": None, "met": False, "example": None}
     report["calibration"]["candidates"] = [{"layer": 2, **point(0.75, 0.8832), "probe": PROBE, "relative_cost": 0.85}]
     report["graph"]["stages"], report["verification"]["pruned"] = [], None
+    report["timing"] = {"skipped": "the model has more than 200 million parameters"}
     return report
 
 
@@ -143,6 +167,7 @@ def hostile() -> Report:
     report["calibration"]["curves"] = {name: [point(0.5, 0.5)] for name in HOSTILE}
     report["calibration"]["seconds"] = {name: 1.0 for name in HOSTILE}
     report["resources"]["steps"] = {name: 1.0 for name in HOSTILE}
+    report["timing"]["machine"] |= {"cpu": "".join(HOSTILE)}
     return report
 
 
@@ -234,11 +259,11 @@ def test_page_is_sound_and_loads_nothing(name: str, pages: dict[str, str]) -> No
 def test_full_page_says_what_was_measured(pages: dict[str, str]) -> None:
     text = plain(Page(pages["full"]).text)
     assert verdict(full()) in text
-    assert "300 items cannot rule out a cost of up to 1.4 %" in text
     headings = re.findall("<h2>(.*?)</h2>", pages["full"])
     assert headings == [
-        "Quality against tokens kept", "Where the prompt matters", "One prompt, token by token", "Settings tried",
-        "Does the graph compute the model?", "What the export took", "Provenance",
+        "Quality against tokens kept", "Where the prompt matters", "One prompt, token by token",
+        "Where the time goes", "Settings tried", "Does the graph compute the model?", "What the export took",
+        "Provenance",
     ]  # fmt: skip
     assert pages["full"].count("<svg ") == 3
     for part in (
@@ -248,6 +273,11 @@ def test_full_page_says_what_was_measured(pages: dict[str, str]) -> None:
         "2.1e-05",
         "tokens leave before layer 2",
         "5 of its 8 tokens",
+        "the first and the last 16 always do",
+        "“random”, on average the best of the other strategies",
+        "lines, “gate”, know the answer",
+        "takes 5.04 ms dense and 4 ms with 50 % of it kept: 1.26 times as fast",
+        "less its probe (1.5 ms)",
     ):
         assert part in text
     assert '<tr class="chosen"><td class="n">2</td>' in pages["full"]
@@ -257,12 +287,16 @@ def test_full_page_says_what_was_measured(pages: dict[str, str]) -> None:
 def test_page_without_calibration(pages: dict[str, str]) -> None:
     assert "Exported without calibration data: nothing is known about quality" in pages["uncalibrated"]
     assert pages["uncalibrated"].count("<svg ") == 1
+    assert pages["uncalibrated"].count('<div class="stack">') == 1
+    text = plain(Page(pages["uncalibrated"]).text)
+    assert "takes 5.04 ms dense." in text and "One prefill of random tokens" in text
     assert "Settings tried" not in pages["uncalibrated"]
 
 
 def test_page_of_an_unmet_contract(pages: dict[str, str]) -> None:
     assert 'class="verdict unmet"' in pages["unmet"]
     assert "this bundle is dense" in pages["unmet"]
+    assert "Not measured: the model has more than 200 million parameters." in pages["unmet"]
     assert "Settings tried" in pages["unmet"] and '<tr class="chosen">' not in pages["unmet"]
 
 
@@ -278,7 +312,12 @@ CASES: list[tuple[dict[str, Any], str]] = [
     (
         {},
         "Keeping 50 % of the prompt from layer 2 on costs 0.4 % of exact match on 300 held-out items "
-        "(95 % interval -0.6 to 1.4 %): within the 1 % you allowed.",
+        "(95 % interval -0.6 to 1.4 %): within the 1 % you allowed, though 300 items cannot rule out a cost of 1.4 %.",
+    ),
+    ({"chosen": {"interval": [-0.006, 0.009]}}, "(95 % interval -0.6 to 0.9 %): within the 1 % you allowed."),
+    (
+        {"chosen": {"interval": [-0.01, 0.0]}, "held_out": 100},
+        "(95 % interval -1 to 0 %): within the 1 % you allowed, though 100 items cannot rule out a cost of 3.26 %.",
     ),
     ({"chosen": {"drop": -0.002}}, "Keeping 50 % of the prompt from layer 2 on costs no exact match on 300"),
     (
@@ -350,6 +389,46 @@ def test_quality_plot_of_odd_measurements(change: dict[str, Any]) -> None:
     ElementTree.fromstring(quality_plot(full()["calibration"] | change))
 
 
+def test_best_baseline_is_the_best_on_average_where_all_were_measured() -> None:
+    lines = {
+        "probe": {0.5: 99.0},
+        "gate": {0.5: 98.0},
+        "random": {0.5: 10.0, 0.25: 5.0, 0.1: 90.0},
+        "window": {0.5: 20.0, 0.25: 1.0},
+        "recency": {0.5: 9.0, 0.25: 9.0},
+    }
+    assert best_baseline(lines, higher=True) == "window"
+    assert best_baseline(lines, higher=False) == "random"
+    assert best_baseline({"probe": {0.5: 1.0}, "gate": {0.5: 1.0}}, higher=True) is None
+    assert best_baseline({"random": {0.5: 1.0}, "window": {0.25: 1.0}}, higher=True) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_quality_panels_show_every_model_and_length(count: int) -> None:
+    scorers = ("probe", "gate", "random", "recency", "snapkv")
+    rows = [
+        {"model": f"m<{n}>", "tokens": 1000 + n, "scorer": scorer, "keep": keep}
+        | {"exact": 0.6, "low": 0.5, "high": 0.7, "dense": 0.9}
+        for n in range(count)
+        for scorer in scorers
+        for keep in (0.5, 0.25)
+    ]
+    text = " ".join(ElementTree.fromstring(quality_panels(rows)).itertext())
+    for n in range(count):
+        assert f"m<{n}>, prompts of {1000 + n:,} tokens" in text
+    assert all(text.count(name) == count for name in scorers)
+
+
+def test_time_bars_share_one_scale() -> None:
+    timing = full()["timing"]
+    dense, pruned = time_bars(timing)["bars"]
+    assert (dense["name"], pruned["name"]) == ("dense", "pruned, 50 % kept")
+    assert sum(width for _, _, width in dense["parts"]) == pytest.approx(1)
+    assert sum(width for _, _, width in pruned["parts"]) == pytest.approx(4.0 / 5.04)
+    assert [part for part, _, _ in pruned["parts"]] == time_bars(timing)["names"]
+    assert time_bars(timing | {"pruned_ms": None, "dense_ms": {"layers": 0.0}})["bars"][0]["total"] == 0
+
+
 @pytest.mark.parametrize("values", [[], [0.0], [0.0] * 3, [1e-9] * 200, [1e30, 1e-30]])
 def test_layer_plots_of_odd_measurements(values: list[float]) -> None:
     ElementTree.fromstring(sensitivity_plot(values, [0, 1, 2]))
@@ -401,6 +480,14 @@ def test_visible(text: str) -> None:
 ])  # fmt: skip
 def test_percent(share: float, text: str) -> None:
     assert wording.percent(share) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0.0, "0 ms"), (0.0000421, "0.0421 ms"), (0.00421, "4.21 ms"), (0.25, "250 ms"), (12.34, "12.3 s"),
+    (150.0, "2 min 30 s"),
+])  # fmt: skip
+def test_seconds(seconds: float, text: str) -> None:
+    assert wording.seconds(seconds) == text
 
 
 @pytest.mark.parametrize(
