@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from fstq_export.contract import (
     Array,
     Outcome,
+    bound,
     candidate_layers,
     drop,
     interval,
     relative_cost,
     smallest_allowed,
     split,
+    within,
 )
 from fstq_infer.errors import OptionError
 from fstq_infer.fisher import train
@@ -41,6 +43,7 @@ KEEPS = (0.75, 0.5, 0.35, 0.25, 0.18, 0.125)
 CURVE = (0.5, 0.25, 0.125)
 COMPARE = (0.5, 0.25)  # keep ratios at which candidate probes are compared
 EPOCHS, STEPS = 5, 400
+SPAN, SPANS = 9, (1, 5, 13, 17)  # neighbours that a score is averaged over: at first, and what else is tried
 
 Progress = Callable[[str, int, int], None]
 
@@ -95,13 +98,18 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A probe on the held-out items; ``name`` tells it from others in what is remembered of measurements."""
+    """A probe on the held-out items. kind: "distilled" or "tuned"; score: the sensitivity it was distilled from."""
 
-    name: str
+    kind: str
     layer: int
     score: str
     probe: Probe
     evidence: Sequence[Evidence]
+
+    @property
+    def name(self) -> str:
+        """Tells it from others in what is remembered of measurements."""
+        return f"{self.kind} from {self.score}, span {self.probe.span.shape[2]}"
 
 
 class Calibrator:
@@ -139,10 +147,12 @@ class Calibrator:
         dense = Outcome(np.array([float(o.exact) for o in held]), np.array([o.nll for o in held]))
         trials = list(self._distilled(seen, held, dense))
         best = min(trials, key=lambda trial: self._rating(trial, dense))
+        spans = [self._trial(best.kind, best.layer, best.score, best.probe.with_span(n), held) for n in SPANS]
+        best = min((best, *spans), key=lambda trial: self._rating(trial, dense))
         if best.score == "gate":
             # Tuning lifts gate-distilled probes; those distilled from embedding scores lost by it at every setting.
             tuned = self._tuned(best, seen, held)
-            best = min((tuned, best), key=lambda trial: self._rating(trial, dense))
+            best = min((best, tuned), key=lambda trial: self._rating(trial, dense))
         keep, met = self._choose_keep(best, dense)
         return self._result(best, keep, met, dense, seen, held)
 
@@ -174,15 +184,15 @@ class Calibrator:
                 with self._timed("distil"):
                     train.distill(probe, inputs, targets, self.recipe.seed, EPOCHS, report)
                 done += EPOCHS
-                yield self._trial(f"distilled from {score}", layer, score, probe, held)
+                yield self._trial("distilled", layer, score, probe.with_span(SPAN), held)
 
-    def _trial(self, name: str, layer: int, score: str, probe: Probe, held: Sequence[Observation]) -> Trial:
+    def _trial(self, kind: str, layer: int, score: str, probe: Probe, held: Sequence[Observation]) -> Trial:
         evidence = []
         for index, o in enumerate(held):
             with torch.no_grad():
                 scores = probe(ProbeInput.pad([o.inputs[layer]]))[0].numpy()
             evidence.append(o.evidence(layer, scores, self.recipe.seed * 1_000_003 + index))
-        return Trial(name, layer, score, probe, evidence)
+        return Trial(kind, layer, score, probe, evidence)
 
     def _rating(self, trial: Trial, dense: Outcome) -> tuple[float, float]:
         """(least relative work within the contract, total damage): lower is better."""
@@ -207,7 +217,7 @@ class Calibrator:
                 STEPS,
                 progress=lambda n: self.progress(label, n, STEPS),
             )
-        return self._trial(f"tuned from {best.score}", best.layer, best.score, probe, held)
+        return self._trial("tuned", best.layer, best.score, probe, held)
 
     def _measure(self, name: str, trial: Trial, keep: float) -> Outcome:
         """Held-out outcome when strategy ``name`` (the trial's own probe: its name) chooses the tokens; remembered."""
@@ -228,14 +238,19 @@ class Calibrator:
     def _drop(self, trial: Trial, keep: float, dense: Outcome) -> float:
         return drop(dense, self._measure(trial.name, trial, keep), dense.metric)
 
+    def _cost(self, trial: Trial, keep: float, dense: Outcome) -> tuple[float, float]:
+        """(measured drop, the largest that is possible)."""
+        pruned = self._measure(trial.name, trial, keep)
+        return drop(dense, pruned, dense.metric), bound(dense, pruned, dense.metric, self.recipe.seed)
+
     def _choose_keep(self, trial: Trial, dense: Outcome) -> tuple[float, bool]:
         """(keep ratio, contract met). Automatic: the smallest whose drop is allowed; none: 1 (dense)."""
         wanted, allowed = self.recipe.keep, self.recipe.max_quality_drop
         if wanted is not None:
-            return wanted, wanted == 1 or self._drop(trial, wanted, dense) <= allowed
+            return wanted, wanted == 1 or within(*self._cost(trial, wanted, dense), allowed)
         drops = {}
         for number, keep in enumerate(KEEPS):
-            drops[keep] = self._drop(trial, keep, dense)
+            drops[keep] = self._cost(trial, keep, dense)
             self.progress("choose keep ratio", number + 1, len(KEEPS))
         best = smallest_allowed(drops, allowed)
         return (best, True) if best is not None else (1.0, False)
@@ -276,7 +291,8 @@ class Calibrator:
             ],
             "chosen": None
             if keep == 1
-            else self._row(dense, outcome, keep) | {"layer": trial.layer, "interval": [low, high]},
+            else self._row(dense, outcome, keep)
+            | {"layer": trial.layer, "interval": [low, high], "bound": bound(dense, outcome, metric, self.recipe.seed)},
             "met": met,
             "curves": curves,
             "sensitivity_by_layer": self._by_layer(seen),

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
+from scipy.stats import beta
 
 from fstq_infer.errors import CalibrationDataError
 from fstq_infer.fisher.items import Item
 
-HELD_OUT, FEWEST = 300, 24
+HELD_OUT, FEWEST = 600, 24
+SLACK = 1.5  # a claim of at most 1 % lost stands for: with 95 % confidence not more than 1.5 %
 EXACT_ABOVE = 0.2  # dense exact match from which on exact match is the measure of quality
 
 Array = NDArray[np.float64]
@@ -41,25 +43,51 @@ def drop(dense: Outcome, pruned: Outcome, metric: str) -> float:
     return float((a - b if metric == "exact match" else b - a) / max(a, 1e-9))
 
 
-def interval(dense: Outcome, pruned: Outcome, metric: str, seed: int, draws: int = 2000) -> tuple[float, float]:
+def interval(dense: Outcome, pruned: Outcome, metric: str, seed: int) -> tuple[float, float]:
     """95 % bootstrap interval of :func:`drop` over the held-out items, pairs kept together."""
+    low, high = _bootstrap(dense, pruned, metric, seed, (0.025, 0.975))
+    return low, high
+
+
+def _bootstrap(
+    dense: Outcome, pruned: Outcome, metric: str, seed: int, quantiles: Sequence[float], draws: int = 2000
+) -> list[float]:
     count = len(dense.exact)
     rows = np.random.default_rng(seed).integers(0, count, (draws, count))
     lost = pruned.values(metric) - dense.values(metric)
     drops = (-lost if metric == "exact match" else lost)[rows].mean(1) / max(dense.values(metric).mean(), 1e-9)
-    low, high = np.quantile(drops, (0.025, 0.975))
-    return float(low), float(high)
+    return [float(q) for q in np.quantile(drops, quantiles)]
 
 
-def smallest_allowed(drops: Mapping[float, float], allowed: float) -> float | None:
-    """The smallest keep ratio whose drop is allowed; None when there is none.
+def bound(dense: Outcome, pruned: Outcome, metric: str, seed: int) -> float:
+    """The largest :func:`drop` that the held-out items leave possible, one-sided, with 95 % confidence.
 
-    Keeping more cannot truly cost more, so the measured drops are first made monotone (isotonic regression): a lucky
-    small ratio is held back by its unlucky neighbours, and the other way round.
+    Of exact match: the Clopper-Pearson bound on the share of answers lost, less the share gained. Resampling would
+    show no loss at all where none was seen, however few the items.
+    """
+    if metric != "exact match":
+        return _bootstrap(dense, pruned, metric, seed, (0.95,))[0]
+    change = pruned.exact - dense.exact
+    count, lost, gained = len(change), int((change < 0).sum()), int((change > 0).sum())
+    highest = float(beta.ppf(0.95, lost + 1, count - lost)) if lost < count else 1.0
+    return (highest - gained / count) / max(float(dense.exact.mean()), 1e-9)
+
+
+def within(lost: float, possible: float, allowed: float) -> bool:
+    """Whether a measured drop and its :func:`bound` keep the contract."""
+    return lost <= allowed and possible <= SLACK * allowed
+
+
+def smallest_allowed(drops: Mapping[float, tuple[float, float]], allowed: float) -> float | None:
+    """The smallest keep ratio that keeps the contract, of (drop, bound) by ratio; None when there is none.
+
+    Keeping more cannot truly cost more, so both are first made monotone (isotonic regression): a lucky small ratio is
+    held back by its unlucky neighbours, and the other way round.
     """
     keeps = sorted(drops)
-    smooth = isotonic_regression([drops[keep] for keep in keeps], increasing=False).x
-    return next((keep for keep, lost in zip(keeps, smooth, strict=True) if lost <= allowed), None)
+    lost, possible = (isotonic_regression([drops[k][i] for k in keeps], increasing=False).x for i in (0, 1))
+    good = (keep for keep, a, b in zip(keeps, lost, possible, strict=True) if within(a, b, allowed))
+    return next(good, None)
 
 
 def candidate_layers(layers: int) -> list[int]:
@@ -73,12 +101,12 @@ def relative_cost(layer: int, layers: int, keep: float) -> float:
 
 
 def split(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
-    """(training, held-out): a fifth is held out, at most 300. Raises CalibrationDataError for too few items."""
+    """(training, held-out): a quarter is held out, at most 600. Raises CalibrationDataError for too few items."""
     if len(items) < FEWEST:
         raise CalibrationDataError(
             f"found {len(items)} usable calibration items; at least {FEWEST} are needed, "
             "to train a probe and to measure it on others"
         )
     order = np.random.default_rng(seed).permutation(len(items))
-    held = min(HELD_OUT, max(FEWEST // 3, len(items) // 5))
+    held = min(HELD_OUT, max(FEWEST // 3, len(items) // 4))
     return [items[i] for i in order[held:]], [items[i] for i in order[:held]]

@@ -96,32 +96,30 @@ def verdict(report: dict[str, Any]) -> str:
     dense = "by default this bundle keeps every token." if stages else "this bundle is dense."
     if chosen is None and calibration["met"]:
         return f"Pruning was not asked for: {dense}"
+    if chosen is None and any(one["drop"] <= calibration["max_quality_drop"] for one in calibration["candidates"]):
+        return (
+            f"No setting is sure to meet the {allowed} you allowed: {calibration['held_out']:,} held-out items cannot "
+            f"rule out more, calibrate with more items: {dense}"
+        )
     if chosen is None:
         over = [one for one in calibration["candidates"] if one["drop"] > calibration["max_quality_drop"]]
         near = min(over, key=lambda one: one["drop"], default=None)
         said = f" (the closest, keeping {setting(near)}, {cost(near['drop'])} {items})" if near else ""
         return f"No setting met the {allowed} you allowed{said}: {dense}"
     low, high = (percent(value) for value in chosen["interval"])
-    end, reach = f"within the {allowed} you allowed", _reach(calibration)
-    if not calibration["met"]:
+    end, reach = f"within the {allowed} you allowed", percent(chosen["bound"])
+    if not calibration["met"] and chosen["drop"] <= calibration["max_quality_drop"]:
+        end = (
+            f"so few items cannot rule out a cost of {reach}, more than the {allowed} you allowed; calibrate with more"
+        )
+    elif not calibration["met"]:
         end = f"the {allowed} you allowed is not met"
-    elif reach > calibration["max_quality_drop"]:
-        end += f", though {calibration['held_out']:,} items cannot rule out a cost of {percent(reach)}"
+    elif chosen["bound"] > calibration["max_quality_drop"]:
+        end += f", though {calibration['held_out']:,} items cannot rule out a cost of {reach}"
     return (
         f"Keeping {setting(chosen)} {cost(chosen['drop'])} {items} "
         f"(95 % interval {low.removesuffix(' %')} to {high}): {end}."
     )
-
-
-def _reach(calibration: dict[str, Any]) -> float:
-    """The largest drop that the held-out items leave possible, with 95 % confidence.
-
-    Where no answer was lost, resampling the items shows none either: the rule of three says how many could be.
-    """
-    highest: float = calibration["chosen"]["interval"][1]
-    if highest == 0 and calibration["metric"] == "exact match":
-        highest = min(1.0, 3 / calibration["held_out"] / calibration["dense"]["exact"])
-    return highest
 
 
 def time_bars(timing: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Query-aware: token-level matches between the last W positions and every token, from RMS-normed layer inputs and
 embeddings; linear features, log window attention and lexical overlap; three 1-D convolutions, because words span
-tokens. 54k parameters at width 64, 0.39 M at 896; the exported graph computes the same (fstq_export.passes.probe).
+tokens; and a sum over ``span`` neighbours, because half a sentence is of little use. 54k parameters at width 64,
+0.39 M at 896; the exported graph computes the same (fstq_export.passes.probe).
 """
 
 from __future__ import annotations
@@ -80,10 +81,24 @@ def lexical(ids: torch.Tensor, valid: torch.Tensor, window: int) -> torch.Tensor
 
 
 class Probe(nn.Module):
-    """Scores (B, S) of a :class:`ProbeInput`; higher matters more. ``heads`` matches of width ``rank``."""
+    """Scores (B, S) of a :class:`ProbeInput`; higher matters more. ``heads`` matches of width ``rank``.
+
+    span: odd; where it is above 1, a token's score is the sum over that many tokens around it of what their scores are
+    above the prompt's mean; the window's and those beyond an end count as average. Whole phrases stay or go. It is set
+    after distillation: a probe that is trained through the sum learns to undo it.
+    """
+
+    span: torch.Tensor
 
     def __init__(
-        self, width: int, attention_heads: int, window: int = 16, rank: int = 24, heads: int = 4, linear: int = 8
+        self,
+        width: int,
+        attention_heads: int,
+        window: int = 16,
+        rank: int = 24,
+        heads: int = 4,
+        linear: int = 8,
+        span: int = 1,
     ) -> None:
         super().__init__()
         self.window, self.heads, self.rank = window, heads, rank
@@ -97,6 +112,7 @@ class Probe(nn.Module):
         self.skip = nn.Conv1d(features, 1, 1)
         for parameter in self.skip.parameters():
             nn.init.zeros_(parameter)
+        self.register_buffer("span", torch.ones(1, 1, span))
 
     @classmethod
     def untrained(cls, width: int, attention_heads: int, window: int = 16) -> Probe:
@@ -115,7 +131,7 @@ class Probe(nn.Module):
         heads, rank, width = arrays["query.weight"].shape
         linear = arrays["linear.weight"].shape[0]
         attention_heads = (arrays["conv1.weight"].shape[1] - 2 * heads - linear - 3) // 2
-        probe = cls(width // 2, attention_heads, window, rank, heads, linear)
+        probe = cls(width // 2, attention_heads, window, rank, heads, linear, arrays["span"].shape[2])
         flat = {
             name: torch.from_numpy(np.ascontiguousarray(a)).reshape(probe.state_dict()[name].shape)
             for name, a in arrays.items()
@@ -133,8 +149,17 @@ class Probe(nn.Module):
         features = torch.cat([match.amax(2), match.logsumexp(2), linear, x.side], 1) * mask
         first = functional.gelu(self.conv1(features)) * mask
         second = (first + functional.gelu(self.conv2(first))) * mask
-        scores: torch.Tensor = (self.conv3(second) + self.skip(features))[:, 0]
-        return scores
+        scores: torch.Tensor = self.conv3(second) + self.skip(features)
+        size = self.span.shape[2]
+        if size > 1:
+            free = mask * (torch.arange(mask.shape[2]) < mask.shape[2] - self.window)
+            mean = (scores * free).sum(2, keepdim=True) / free.sum(2, keepdim=True).clamp(min=1)
+            scores = functional.conv1d((scores - mean) * free, self.span, padding=size // 2)
+        return scores[:, 0]
+
+    def with_span(self, span: int) -> Probe:
+        """The same probe with scores summed over ``span`` tokens."""
+        return Probe.from_arrays(self.arrays() | {"span": np.ones((1, 1, span), np.float32)}, self.window)
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
         """A copy of the weights by name, for the graph pass; query and key as (heads, rank, 2D) and (heads, rank)."""

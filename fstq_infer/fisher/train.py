@@ -18,7 +18,7 @@ Progress = Callable[[int], None]
 KEEPS = (0.5, 0.25, 0.25, 0.125)  # keep ratios seen while tuning
 
 
-def target(sensitivity: torch.Tensor, window: int, pool: int = 7) -> torch.Tensor:
+def target(sensitivity: torch.Tensor, window: int, pool: int = 3) -> torch.Tensor:
     """(S,) sensitivities -> (S,) distribution: square root, last ``window`` tokens out (always kept), max-pooled."""
     root = sensitivity.sqrt()
     root[max(0, len(root) - window) :] = 0

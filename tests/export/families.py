@@ -234,9 +234,9 @@ def make(name: str, folder: Path, scale: float = 1.0, **changes: Any) -> Path:
 
 
 def random_probe(config: Any, window: int, seed: int = 0, scale: float = 1.0) -> Probe:
-    """A probe with weights in every part, so that each of its features moves the scores."""
+    """A probe with weights in every part, so that each of its features moves the scores; odd seeds give spans."""
     torch.manual_seed(seed)
-    probe = Probe(config.hidden_size, config.num_attention_heads, window)
+    probe = Probe(config.hidden_size, config.num_attention_heads, window, span=5 if seed % 2 else 1)
     with torch.no_grad():
         probe.skip.weight.copy_(torch.randn(probe.skip.weight.shape) * 0.3)
         for parameter in probe.parameters():

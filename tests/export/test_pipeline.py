@@ -16,7 +16,16 @@ import pytest
 pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
 
 from fstq_export.calibrate import Recipe
-from fstq_export.contract import Outcome, candidate_layers, drop, interval, relative_cost, smallest_allowed, split
+from fstq_export.contract import (
+    Outcome,
+    bound,
+    candidate_layers,
+    drop,
+    interval,
+    relative_cost,
+    smallest_allowed,
+    split,
+)
 from fstq_export.pipeline import Request, export
 
 from fstq_infer.bundle import Bundle
@@ -190,16 +199,22 @@ def test_policy_pieces() -> None:
     import numpy as np
 
     assert candidate_layers(2) == [1] and candidate_layers(24) == [6, 8, 12]
-    assert smallest_allowed({0.75: 0.03, 0.5: 0.0, 0.25: 0.1}, 0.02) == 0.5  # an unlucky 0.75 does not end the search
-    assert smallest_allowed({0.5: 0.05, 0.25: 0.0, 0.125: 0.2}, 0.01) is None  # nor does a lucky 0.25 decide it
+    ladder = {keep: (lost, lost + 0.002) for keep, lost in ((0.75, 0.03), (0.5, 0.0), (0.25, 0.1))}
+    assert smallest_allowed(ladder, 0.02) == 0.5  # an unlucky 0.75 does not end the search
+    lucky = {keep: (lost, lost + 0.002) for keep, lost in ((0.5, 0.05), (0.25, 0.0), (0.125, 0.2))}
+    assert smallest_allowed(lucky, 0.01) is None  # nor does a lucky 0.25 decide it
+    assert smallest_allowed({0.5: (0.0, 0.016)}, 0.01) is None and smallest_allowed({0.5: (0.0, 0.014)}, 0.01) == 0.5
     assert relative_cost(6, 24, 0.25) == pytest.approx(0.4375)
     dense, pruned = Outcome(np.ones(10), np.full(10, 0.5)), Outcome(np.array([1.0] * 9 + [0.0]), np.full(10, 0.6))
     assert drop(dense, pruned, "exact match") == pytest.approx(0.1)
     assert drop(dense, pruned, "nll") == pytest.approx(0.2)
     low, high = interval(dense, pruned, "exact match", 0)
     assert low <= 0.1 <= high and low < high
+    assert bound(dense, pruned, "exact match", 0) == pytest.approx(0.3942, abs=1e-4)  # Clopper-Pearson, 1 of 10
+    assert bound(dense, dense, "exact match", 0) == pytest.approx(1 - 0.05**0.1)  # none of 10: about the rule of three
+    assert bound(dense, pruned, "nll", 0) == pytest.approx(0.2)
     items = [Item((i,), (i,)) for i in range(100)]
     training, held = split(items, 1)
     assert (
-        len(held) == 20 and not set(training) & set(held) and sorted(training + held, key=lambda i: i.prompt) == items
+        len(held) == 25 and not set(training) & set(held) and sorted(training + held, key=lambda i: i.prompt) == items
     )

@@ -77,7 +77,7 @@ def full() -> Report:
                 for layer in (1, 2)
                 for keep, exact in ((0.75, 0.9), (0.5, 0.88 if layer == 1 else 0.9163), (0.25, 0.7))
             ],
-            "chosen": {"layer": 2, **point(0.5, 0.9163), "interval": [-0.006, 0.014]},
+            "chosen": {"layer": 2, **point(0.5, 0.9163), "interval": [-0.006, 0.014], "bound": 0.014},
             "met": True,
             "curves": {
                 "probe": [point(0.5, 0.9163), point(0.25, 0.7)],
@@ -314,17 +314,21 @@ CASES: list[tuple[dict[str, Any], str]] = [
         "Keeping 50 % of the prompt from layer 2 on costs 0.4 % of exact match on 300 held-out items "
         "(95 % interval -0.6 to 1.4 %): within the 1 % you allowed, though 300 items cannot rule out a cost of 1.4 %.",
     ),
-    ({"chosen": {"interval": [-0.006, 0.009]}}, "(95 % interval -0.6 to 0.9 %): within the 1 % you allowed."),
     (
-        {"chosen": {"interval": [-0.01, 0.0]}, "held_out": 100},
-        "(95 % interval -1 to 0 %): within the 1 % you allowed, though 100 items cannot rule out a cost of 3.26 %.",
+        {"chosen": {"interval": [-0.006, 0.009], "bound": 0.009}},
+        "(95 % interval -0.6 to 0.9 %): within the 1 % you allowed.",
+    ),
+    (
+        {"chosen": {"interval": [-0.01, 0.0], "bound": 0.0326}, "held_out": 100, "met": False},
+        "(95 % interval -1 to 0 %): so few items cannot rule out a cost of 3.26 %, more than the 1 % you allowed; "
+        "calibrate with more.",
     ),
     ({"chosen": {"drop": -0.002}}, "Keeping 50 % of the prompt from layer 2 on costs no exact match on 300"),
     (
         {"chosen": {"drop": 0.12}, "met": False},
         "costs 12 % of exact match on 300 held-out items (95 % interval -0.6 to",
     ),
-    ({"met": False}, ": the 1 % you allowed is not met."),
+    ({"met": False, "chosen": {"drop": 0.02}}, ": the 1 % you allowed is not met."),
     (
         {"metric": "nll"},
         "Keeping 50 % of the prompt from layer 2 on raises the negative log-likelihood by 0.4 % on 300",
@@ -332,6 +336,11 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"metric": "nll", "chosen": {"drop": 0.0}}, "on does not raise the negative log-likelihood on 300 held-out items"),
     (
         {"chosen": None, "met": False},
+        "No setting is sure to meet the 1 % you allowed: 300 held-out items cannot rule out more, calibrate with more "
+        "items: by default this bundle keeps every token.",
+    ),
+    (
+        {"chosen": None, "met": False, "candidates": [full()["calibration"]["candidates"][0]]},
         "No setting met the 1 % you allowed (the closest, keeping 75 % of the prompt from layer 1 on, costs 2.17 % of "
         "exact match on 300 held-out items): by default this bundle keeps every token.",
     ),

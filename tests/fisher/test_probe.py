@@ -24,9 +24,9 @@ WINDOW = 6
 LENGTHS = (31, 4, 12, 6, 1, 20)
 
 
-def random_probe(seed: int = 0) -> Probe:
+def random_probe(seed: int = 0, span: int = 1) -> Probe:
     torch.manual_seed(seed)
-    probe = Probe(WIDTH, HEADS, WINDOW)
+    probe = Probe(WIDTH, HEADS, WINDOW, span=span)
     with torch.no_grad():
         for parameter in probe.skip.parameters():  # zero at first, which would hide mistakes
             parameter.normal_()
@@ -96,8 +96,9 @@ def test_lexical_is_the_naive_one() -> None:
 # ---- the probe ---------------------------------------------------------------------------------------------------
 
 
-def test_scores_do_not_depend_on_padding() -> None:
-    probe, rows = random_probe(), random_rows()
+@pytest.mark.parametrize("span", [1, 5])
+def test_scores_do_not_depend_on_padding(span: int) -> None:
+    probe, rows = random_probe(span=span), random_rows()
     with torch.no_grad():
         together = probe(ProbeInput.pad(rows))
         for row, n in enumerate(LENGTHS):
@@ -106,8 +107,19 @@ def test_scores_do_not_depend_on_padding() -> None:
             torch.testing.assert_close(together[row, -n:], alone[0], rtol=1e-4, atol=1e-4)
 
 
-def test_arrays_round_trip() -> None:
-    probe, x = random_probe(), ProbeInput.pad(random_rows())
+def test_a_span_sums_what_neighbours_are_above_the_mean() -> None:
+    probe, x = random_probe(), ProbeInput.pad(random_rows(lengths=(31,)))
+    with torch.no_grad():
+        plain, summed = probe(x)[0].numpy(), probe.with_span(5)(x)[0].numpy()
+    above = plain[:-WINDOW] - plain[:-WINDOW].mean()
+    wanted = [above[max(0, i - 2) : i + 3].sum() for i in range(31 - WINDOW)]
+    np.testing.assert_allclose(summed[:-WINDOW], wanted, rtol=1e-4, atol=1e-4)
+    assert probe.with_span(5).with_span(1)(x)[0].tolist() == pytest.approx(plain.tolist())
+
+
+@pytest.mark.parametrize("span", [1, 9])
+def test_arrays_round_trip(span: int) -> None:
+    probe, x = random_probe(span=span), ProbeInput.pad(random_rows())
     arrays = probe.arrays()
     assert all(array.dtype == np.float32 for array in arrays.values())
     assert arrays["query.weight"].shape == (probe.heads, probe.rank, 2 * WIDTH)

@@ -74,10 +74,7 @@ def lexical(emit: Emit, tokens: Tokens, window: int) -> ir.Value:
     ids_column = emit("Unsqueeze", tokens.ids, emit.ints(1))
     same = _float(emit, emit("Equal", emit("Unsqueeze", last, emit.ints(2)), ids_column))
     inside = emit("Mul", emit("Unsqueeze", last_valid, emit.ints(2)), emit("Unsqueeze", valid, emit.ints(1)))
-    size = emit("Shape", tokens.ids, start=1, end=2)
-    column = emit("Range", emit("Squeeze", emit.ints(0)), emit("Squeeze", size), emit("Squeeze", emit.ints(1)))
-    outside = _float(emit, emit("Less", column, emit("Sub", size, emit.ints(window))))
-    uni = emit("Mul", emit("Mul", same, inside), outside)
+    uni = emit("Mul", emit("Mul", same, inside), _outside(emit, tokens, window))
 
     def after(matches: ir.Value) -> ir.Value:
         """Matches moved one on in both the window and the prompt: the predecessor pair matched too."""
@@ -91,6 +88,13 @@ def lexical(emit: Emit, tokens: Tokens, window: int) -> ir.Value:
     count = emit("Max", count, emit.const(np.array(1, np.float32)))
     features = [emit("Div", _amax(emit, uni), count), _amax(emit, bi), _amax(emit, tri)]
     return emit("Concat", *(emit("Unsqueeze", f, emit.ints(1)) for f in features), axis=1)
+
+
+def _outside(emit: Emit, tokens: Tokens, window: int) -> ir.Value:
+    """(S,) 1 for the columns before the window, else 0."""
+    size = emit("Shape", tokens.ids, start=1, end=2)
+    column = emit("Range", emit("Squeeze", emit.ints(0)), emit("Squeeze", size), emit("Squeeze", emit.ints(1)))
+    return _float(emit, emit("Less", column, emit("Sub", size, emit.ints(window))))
 
 
 def _amax(emit: Emit, x: ir.Value) -> ir.Value:
@@ -169,4 +173,11 @@ def probe_scores(
     first = emit("Mul", emit("Gelu", conv("conv1", features)), mask)
     second = emit("Mul", emit("Add", first, emit("Gelu", conv("conv2", first))), mask)
     scores = emit("Add", conv("conv3", second), conv("skip", features))
+    span = weights["span"].shape[2]
+    if span > 1:
+        free = emit("Mul", mask, _outside(emit, tokens, window))
+        total = emit("ReduceSum", emit("Mul", scores, free), emit.ints(2))
+        mean = emit("Div", total, emit("Max", emit("ReduceSum", free, emit.ints(2)), one))
+        above = emit("Mul", emit("Sub", scores, mean), free)
+        scores = emit("Conv", above, weight("span"), pads=[span // 2, span // 2], kernel_shape=[span])
     return emit("Squeeze", scores, emit.ints(1))
