@@ -145,9 +145,11 @@ def top_ids(logits: Floats, k: int) -> Ints:
     maxima = table.max(axis=0)
     _check_finite(np.maximum(maxima.max(), rest.max(initial=-np.inf)))
     columns = np.flatnonzero(maxima >= np.partition(maxima, width - k)[width - k])
-    ids = np.append((columns + width * np.arange(rows)[:, None]).ravel(), np.arange(rows * width, len(logits)))
+    inside = (columns + width * np.arange(rows)[:, None]).ravel()
+    ids = np.append(inside, np.arange(rows * width, len(logits)))
     top = logits[ids]
-    return ids[top >= np.partition(top, len(top) - k)[len(top) - k]]
+    found: Ints = ids[top >= np.partition(top, len(top) - k)[len(top) - k]]
+    return found
 
 
 def _check_finite(peak: np.floating[Any]) -> None:
