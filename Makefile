@@ -30,7 +30,7 @@ test-all: lint
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
-	$(BIN)/python bench/recall.py
+	$(BIN)/python bench/quality.py
 	$(BIN)/python bench/pruning.py
 
 # The README's pictures: of bench/results/quality.json, and of a prompt in a calibrated bundle.
