@@ -1,78 +1,206 @@
-"""fstq_export.demo.facts: questions whose answers follow from their contexts, in splits that share no name."""
+"""fstq_export.demo.facts: questions whose answers follow from their contexts, in splits that share no name.
+
+Sentences and questions are read back by their wording alone, apart from the code that made them.
+"""
 
 from __future__ import annotations
 
 import random
 import re
+import zlib
 from collections import Counter
-from itertools import combinations
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import combinations, product
+from string import Formatter
 
 import pytest
 from fstq_export.demo import facts
-from fstq_export.demo.facts import KINDS, LANGUAGES, SPLITS, Item, Language, World, split_of
+from fstq_export.demo.facts import KINDS, LANGUAGES, SPLITS, Item, Language, World, made_up_name, split_of
 
 from fstq_infer.errors import OptionError
 
-NAME = re.compile(r"^(?:[bdfgklmnprstvz][aeiou]){2,3}(?:n|l|r|s|x|th|nd|k|m)$")
-COUNT = 250
+NAME = r"[BDFGKLMNPRSTVZ](?:al|en|ir|or|un)[bdfgklmnprstvz](?:as|ek|im|os|ut)"
+MADE_UP = {"name": NAME, "dose": r"\d{2,3} mg", "code": r"\d{4}"}
+ASKED = ("which", "choice", "linked")
+COUNT = 300
+Known = frozenset[tuple[str, str, str]]
 
 
 def items(split: str, seed: int = 0, count: int = COUNT) -> list[Item]:
     rng = random.Random(seed)
-    return [facts.item(rng, split, rng.randint(3, 25), rng.randint(0, 10)) for _ in range(count)]
+    return [facts.item(rng, split, rng.randint(2, 30), rng.randint(0, 10)) for _ in range(count)]
 
 
 def worlds(count: int = 60) -> list[World]:
     rng = random.Random(5)
-    return [World(rng, LANGUAGES[rng.choice(list(LANGUAGES))], "train", rng.randint(2, 40)) for _ in range(count)]
+    return [World(rng, LANGUAGES[rng.choice(list(LANGUAGES))], "test", rng.randint(2, 60)) for _ in range(count)]
 
 
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text)
+def documents(count: int = 40) -> list[tuple[Language, str, list[tuple[str, str]]]]:
+    rng = random.Random(8)
+    made = [facts.document(rng, rng.randint(2, 40), rng.randint(0, 10), 24) for _ in range(count)]
+    return [(language_of(context), context, asked) for context, asked in made]
 
 
-def names(item: Item) -> set[str]:
-    """Made-up names in an item, lower case; a few real words look like one."""
-    language = LANGUAGES[item.language]
-    own = {w.lower() for values in language.words.values() for v in values for w in words(v)}
-    own |= {w.lower() for text in (*language.filler, language.frame) for w in words(text)}
-    own |= {w.lower() for r in language.relations for text in (*r.says, r.asks) for w in words(text)}
-    return {w.lower() for w in words(f"{item.context} {item.question}") if NAME.match(w.lower())} - own
+def names(*texts: str) -> set[str]:
+    """The made-up names in texts, lower case."""
+    return {word.lower() for text in texts for word in re.findall(r"\w+", text) if re.fullmatch(NAME, word)}
 
 
-def stated(item: Item) -> set[tuple[str, str, str]]:
-    """(relation, subject, value) of every sentence of the context, read back by the wording alone."""
-    language = LANGUAGES[item.language]
-    found = set()
-    for sentence in re.findall(r"[^.]+\.", item.context):
-        sentence = sentence.strip()
-        if sentence not in language.filler:
-            found.add(parse(language, sentence))
+# ---- reading back ------------------------------------------------------------------------------------------------
+
+
+def spoken(language: Language, kind: str) -> str:
+    """The pattern of one kind of value."""
+    words = language.words
+    if kind in MADE_UP:
+        return MADE_UP[kind]
+    if kind == "thing":
+        return "|".join(words["thing"].format(colour=c, object=o) for c, o in product(words["colour"], words["object"]))
+    return "|".join(words[kind])
+
+
+@cache
+def patterns(code: str, kind: str) -> list[tuple[str, re.Pattern[str]]]:
+    """(relation, pattern) of all wordings of one kind: "says", or a kind of question."""
+    language = LANGUAGES[code]
+    found = []
+    for relation in language.relations:
+        device = f"(?:{'|'.join(language.words['device'])}) " if relation.name in ("room", "code") else ""
+        subject, value = f"{device}{NAME}", spoken(language, relation.values)
+        tables = {"says": relation.says, "single": (relation.asks,)}
+        for table in ASKED:
+            tables[table] = tuple(text for name, text in getattr(language, table).items() if name == relation.name)
+        for wording in tables[kind]:
+            text = wording if kind == "says" else language.frame.format(q=wording)
+            pattern = re.escape(text).replace(r"\{v\}", f"(?P<v>{value})")
+            for field in "sab":
+                pattern = pattern.replace(rf"\{{{field}\}}", f"(?P<{field}>{subject})")
+            found.append((relation.name, re.compile(pattern)))
     return found
 
 
-def parse(language: Language, sentence: str) -> tuple[str, str, str]:
+@cache
+def fillers(code: str) -> frozenset[str]:
+    parts = LANGUAGES[code].filler
+    return frozenset(
+        parts["order"].format(time=time, who=who, verb=does.split(" ", 1)[0], rest=does.split(" ", 1)[1])
+        for time, who, does in product(parts["time"], parts["who"], parts["does"])
+    )
+
+
+def sentences(text: str) -> list[str]:
+    return [sentence.strip() for sentence in re.findall(r"[^.]+\.", text)]
+
+
+def language_of(text: str) -> Language:
+    """The one language in which every sentence of ``text`` is a fact or filler."""
+    return next(x for x in LANGUAGES.values() if all(tells(x, s) for s in sentences(text)))
+
+
+def tells(language: Language, sentence: str) -> bool:
+    return sentence in fillers(language.code) or len(readings(language, sentence)) == 1
+
+
+def readings(language: Language, sentence: str) -> Known:
+    matches = ((name, pattern.fullmatch(sentence)) for name, pattern in patterns(language.code, "says"))
+    return frozenset((name, match["s"], match["v"]) for name, match in matches if match)
+
+
+def stated(language: Language, context: str) -> Known:
+    """(relation, subject, value) of every sentence of the context but the filler; each has exactly one reading."""
+    told = [readings(language, s) for s in sentences(context) if s not in fillers(language.code)]
+    assert all(len(reading) == 1 for reading in told), context
+    return frozenset().union(*told)
+
+
+def understood(language: Language, question: str) -> tuple[str, str, re.Match[str]]:
+    """(kind, relation, match) of a question; there is exactly one reading."""
+    found = [
+        (kind, name, match)
+        for kind in ("single", *ASKED)
+        for name, pattern in patterns(language.code, kind)
+        if (match := pattern.fullmatch(question))
+    ]
+    assert len(found) == 1, question
+    return found[0]
+
+
+def derive(language: Language, known: Iterable[tuple[str, str, str]], question: str) -> tuple[str, set[str]]:
+    """(kind, every answer that the stated facts give); one without an answer is of kind "absent"."""
+    kind, relation, match = understood(language, question)
+    mine = [(subject, value) for name, subject, value in known if name == relation]
+    if kind == "single":
+        found = {value for subject, value in mine if subject == match["s"]}
+    elif kind == "linked":
+        towns = {value for name, subject, value in known if name == "lives" and subject == match["s"]}
+        found = {river for town, river in mine if town in towns}
+    else:
+        found = {subject for subject, value in mine if value == match["v"]}
+    return (kind, found) if found else ("absent", {language.absent})
+
+
+# ---- wording -----------------------------------------------------------------------------------------------------
+
+
+def fields(template: str) -> list[str]:
+    return sorted(field for _, field, _, _ in Formatter().parse(template) if field is not None)
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_every_template_has_its_placeholders_and_no_others(code: str) -> None:
+    language = LANGUAGES[code]
     for relation in language.relations:
+        assert len(relation.says) > 1 and len(set(relation.says)) == len(relation.says)
         for wording in relation.says:
-            pattern = re.escape(wording).replace(r"\{s\}", r"(?P<s>[^:,.]+)").replace(r"\{v\}", r"(?P<v>[^:,.]+)")
-            match = re.fullmatch(pattern, sentence)
-            if match and plausible(language, relation.values, match["v"]):
-                return relation.name, match["s"], match["v"]
-    raise AssertionError(f"no relation says {sentence!r}")
+            assert fields(wording) == ["s", "v"] and wording.endswith(".") and wording.count(".") == 1
+        assert fields(relation.asks) == ["s"]
+        assert relation.values in {"name", "dose", "code", "thing"} | language.words.keys()
+    assert all(fields(text) == ["v"] for text in language.which.values())
+    assert all(fields(text) == ["a", "b", "v"] for text in language.choice.values())
+    assert {name: fields(text) for name, text in language.linked.items()} == {"river": ["s"]}
+    assert fields(language.absent) == [] and fields(language.frame) == ["q"]
+    assert fields(language.filler["order"]) == ["rest", "time", "verb", "who"]
+    assert fields(language.words["thing"]) == ["colour", "object"]
 
 
-def plausible(language: Language, kind: str, value: str) -> bool:
-    if kind in language.words:
-        return value in language.words[kind]
-    pattern = {"dose": r"\d+ mg", "code": r"\d{4}", "thing": r"\w+ \w+"}.get(kind, NAME.pattern[1:-1])
-    return re.fullmatch(pattern, value if kind == "thing" else value.lower()) is not None
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_no_wording_serves_two_relations(code: str) -> None:
+    language = LANGUAGES[code]
+    for used in ([r.asks for r in language.relations], *(getattr(language, kind).values() for kind in ASKED)):
+        assert len(set(used)) == len(used)
+    said = [wording for relation in language.relations for wording in relation.says]
+    assert len(set(said)) == len(said)
+
+
+def test_all_languages_know_the_same_relations_and_questions() -> None:
+    shapes = [
+        ([(r.name, r.values) for r in x.relations], *map(set, (x.which, x.choice, x.words, x.filler)))
+        for x in LANGUAGES.values()
+    ]
+    assert all(shape == shapes[0] for shape in shapes)
+
+
+@pytest.mark.parametrize("code", LANGUAGES)
+def test_no_word_occurs_twice_or_looks_like_a_name(code: str) -> None:
+    language = LANGUAGES[code]
+    for parts in (language.words, language.filler):
+        for values in (v for v in parts.values() if isinstance(v, list)):
+            assert len(set(values)) == len(values) and not any("." in value for value in values)
+    assert all(" " in verb for verb in language.filler["does"])
+    questions = [*language.which.values(), *language.choice.values(), *language.linked.values(), language.frame]
+    told = [text for relation in language.relations for text in (*relation.says, relation.asks)]
+    words = [value for values in language.words.values() if isinstance(values, list) for value in values]
+    texts = [*questions, *told, *words, *fillers(code), language.absent]
+    assert not names(*(word.capitalize() for text in texts for word in text.split()))
 
 
 # ---- splits ------------------------------------------------------------------------------------------------------
 
 
 def test_splits_share_no_name() -> None:
-    found = {split: set().union(*map(names, items(split))) for split in SPLITS}
+    found = {split: names(*(f"{x.context} {x.question}" for x in items(split))) for split in SPLITS}
     assert all(len(found[split]) > 200 for split in SPLITS)
     for one, other in combinations(SPLITS, 2):
         assert not found[one] & found[other]
@@ -82,24 +210,30 @@ def test_splits_share_no_name() -> None:
 
 def test_training_documents_and_narratives_use_training_names_only() -> None:
     rng = random.Random(2)
-    for _ in range(40):
+    for _ in range(60):
         context, asked = facts.document(rng, 8, 3, 4)
-        for world in (context, facts.narrative(rng, 5)):
-            found = {w for w in words(world) if w[0].isupper() and NAME.match(w.lower())}
-            assert {split_of(w.lower()) for w in found} <= {"train"} or found & {"Motor", "Radio"}
-        assert len(asked) == 4
+        texts = [context, *(f"{question} {answer}" for question, answer in asked), facts.narrative(rng, 5)]
+        assert {split_of(name) for name in names(*texts)} == {"train"}
 
 
 def test_most_names_are_for_training() -> None:
     rng = random.Random(1)
-    drawn = ["".join(rng.choices("abcdefgh", k=6)) for _ in range(4000)]
-    share = Counter(map(split_of, drawn))
+    share = Counter(split_of("".join(rng.choices("abcdefgh", k=6))) for _ in range(4000))
     assert share["train"] / 4000 == pytest.approx(0.8, abs=0.03)
     assert share["valid"] / 4000 == pytest.approx(0.1, abs=0.02)
+    assert share["test"] / 4000 == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_names_are_capitalised_and_of_their_split(split: str) -> None:
+    rng = random.Random(3)
+    drawn = {made_up_name(rng, split) for _ in range(300)}
+    assert len(drawn) > 150 and all(re.fullmatch(NAME, name) for name in drawn)
+    assert {split_of(name.lower()) for name in drawn} == {split}
 
 
 def test_unknown_split_is_refused() -> None:
-    with pytest.raises(OptionError, match="train, valid, test"):
+    with pytest.raises(OptionError, match="split is 'dev'; expected one of train, valid, test"):
         facts.item(random.Random(0), "dev", 3, 0)
 
 
@@ -107,36 +241,48 @@ def test_unknown_split_is_refused() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_answers_follow_from_the_context(split: str) -> None:
+def test_answers_follow_from_the_context_and_are_unique(split: str) -> None:
     for item in items(split):
-        language, known = LANGUAGES[item.language], stated(item)
-        assert item.answer.endswith(".")
-        answer = item.answer[:-1]
-        assert derive(language, known, item) == answer, item
-        if item.kind != "absent":
-            assert answer in item.context
+        language = LANGUAGES[item.language]
+        kind, answers = derive(language, stated(language, item.context), item.question)
+        assert (kind, {f"{answer}." for answer in answers}) == (item.kind, {item.answer}), item
+        assert (item.answer[:-1] in item.context) == (item.kind != "absent")
 
 
-def derive(language: Language, known: set[tuple[str, str, str]], item: Item) -> str:
-    """The one answer that the stated facts give to the question."""
-    answers = set()
-    for relation in language.relations:
-        mine = [(s, v) for name, s, v in known if name == relation.name]
-        answers |= {v for s, v in mine if asked(language, relation.asks.format(s=s)) == item.question}
-        which = language.which.get(relation.name)
-        if which:
-            answers |= {s for s, v in mine if asked(language, which.format(v=v)) == item.question}
-    rivers = {s: v for name, s, v in known if name == "river"}
-    for name, subject, value in known:
-        linked = asked(language, language.linked["river"].format(s=subject))
-        if name == "lives" and value in rivers and linked == item.question:
-            answers.add(rivers[value])
-    assert len(answers) <= 1, (answers, item)
-    return answers.pop() if answers else language.absent
+def test_answers_in_documents_follow_from_the_context() -> None:
+    for language, context, asked in documents():
+        known = stated(language, context)
+        for question, answer in asked:
+            assert {f"{found}." for found in derive(language, known, question)[1]} == {answer}
 
 
-def asked(language: Language, question: str) -> str:
-    return language.frame.format(q=question)
+def test_choices_name_two_subjects_of_which_one_is_right() -> None:
+    right_first = []
+    for item in (item for item in items("test", seed=2, count=800) if item.kind == "choice"):
+        language = LANGUAGES[item.language]
+        _, relation, match = understood(language, item.question)
+        known = stated(language, item.context)
+        subjects = {subject for name, subject, _ in known if name == relation}
+        assert match["a"] != match["b"] and {match["a"], match["b"]} <= subjects
+        assert [s for s in (match["a"], match["b"]) if (relation, s, match["v"]) in known] == [item.answer[:-1]]
+        right_first.append(match["a"] == item.answer[:-1])
+    assert len(right_first) > 40 and 0.3 < sum(right_first) / len(right_first) < 0.7
+
+
+def test_linked_answers_need_two_facts() -> None:
+    linked = [item for item in items("train", seed=4, count=1000) if item.kind == "linked"]
+    assert len(linked) > 40
+    apart = []
+    for item in linked:
+        language = LANGUAGES[item.language]
+        known, subject = stated(language, item.context), understood(language, item.question)[2]["s"]
+        assert not any({subject, item.answer[:-1]} <= {s, v} for _, s, v in known)
+        needed = [fact for fact in known if derive(language, known - {fact}, item.question)[0] == "absent"]
+        assert sorted(name for name, _, _ in needed) == ["lives", "river"]
+        told = sentences(item.context)
+        first, last = (i for i, sentence in enumerate(told) if readings(language, sentence) & set(needed))
+        apart.append((last - first) / len(told))
+    assert sum(apart) / len(apart) == pytest.approx(1 / 3, abs=0.1)  # as for two places drawn at random
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -144,21 +290,22 @@ def test_absent_subjects_are_nowhere_in_the_context(split: str) -> None:
     absent = [item for item in items(split, seed=1, count=600) if item.kind == "absent"]
     assert len(absent) > 50
     for item in absent:
-        language = LANGUAGES[item.language]
-        assert item.answer == f"{language.absent}."
-        subjects = [w for w in words(item.question) if split_of(w.lower()) == split and NAME.match(w.lower())]
-        assert subjects and not {subjects[-1]} & set(words(item.context))
+        assert item.answer == f"{LANGUAGES[item.language].absent}."
+        assert len(names(item.question)) == 1 and not names(item.question) & names(item.context)
 
 
 def test_absent_subjects_are_drawn_again_when_they_are_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With as few names as there are facts, chance alone would ask for a stated subject."""
-    pool = ["Bab", "Dad", "Faf", "Gag", "Kak", "Lal", "Mam"]
+    """With hardly more names than facts, chance alone would ask for a stated subject."""
+    pool = ["Balbas", "Dendek", "Firfim", "Gorgos", "Kunkut", "Lallas", "Menmek", "Nirnim", "Porpos", "Runrut"]
     monkeypatch.setattr(facts, "made_up_name", lambda rng, _split: rng.choice(pool))
+    absent = 0
     for seed in range(200):
         world = World(random.Random(seed), LANGUAGES["en"], "train", 3)
-        question, _, kind = world.question("absent")
-        named = {w for fact in world.facts for w in words(f"{fact.subject} {fact.value}")}
-        assert kind == "absent" and not set(words(question)) & set(pool) & named
+        named = names(*(f"{fact.subject} {fact.value}" for fact in world.facts))
+        for question in (question for question, _, kind in world.questions(6) if kind == "absent"):
+            absent += 1
+            assert len(names(question)) == 1 and not names(question) & named
+    assert absent > 50
 
 
 def test_no_two_facts_contradict() -> None:
@@ -170,32 +317,76 @@ def test_no_two_facts_contradict() -> None:
 
 def test_a_world_has_as_many_facts_as_asked_for() -> None:
     rng = random.Random(0)
-    for count in (1, 2, 10, 60):  # 60: more than there are rooms, jobs and illnesses
+    for count in (1, 2, 10, 90):  # 90: more than there are rooms, jobs and illnesses
         assert len(World(rng, LANGUAGES["de"], "test", count).facts) in (count, count + 1)
 
 
 def test_every_fact_and_filler_is_told() -> None:
     for world in worlds(20):
         text = world.text(4)
-        found = stated(Item(text, "", "", "", world.language.code))
-        assert found == {(fact.relation.name, fact.subject, fact.value) for fact in world.facts}
-        assert len(re.findall(r"\.", text)) == len(world.facts) + 4
+        assert stated(world.language, text) == {(f.relation.name, f.subject, f.value) for f in world.facts}
+        assert len(sentences(text)) == len(world.facts) + 4
+
+
+# ---- several questions about one context --------------------------------------------------------------------------
+
+
+def asked_about(language: Language, known: Known, question: str) -> tuple[str, str] | None:
+    """(relation, subject) of the fact that a question asks about; None where the subject is absent."""
+    kind, relation, match = understood(language, question)
+    _, answers = derive(language, known, question)
+    if answers == {language.absent}:
+        return None
+    if kind in ("which", "choice"):
+        return relation, answers.pop()
+    return ("lives" if kind == "linked" else relation), match["s"]
+
+
+def test_no_fact_is_asked_about_twice() -> None:
+    for language, context, asked in documents():
+        known = stated(language, context)
+        about = Counter(asked_about(language, known, question) for question, _ in asked)
+        del about[None]
+        assert set(about.values()) <= {1}
+
+
+def test_questions_end_when_every_fact_has_been_asked_about() -> None:
+    for world in worlds(20):
+        known = stated(world.language, world.text(0))
+        asked = world.questions(10_000)
+        about = [asked_about(world.language, known, question) for question, _, kind in asked if kind != "absent"]
+        assert len(about) == len(set(about)) == len(world.facts)
+        assert world.questions(0) == [] and len(world.questions(2)) == 2
+
+
+@pytest.mark.parametrize("kinds", [("which",), ("choice", "linked"), ("absent",), ("single",)], ids=" ".join)
+def test_kinds_can_be_chosen(kinds: tuple[str, ...]) -> None:
+    """Where no fact left over fits a kind, the question is a single one."""
+    drawn = {kind for world in worlds(20) for _, _, kind in world.questions(20, kinds)}
+    assert set(kinds) <= drawn <= {*kinds, *(() if kinds == ("absent",) else ("single",))}
+    context, asked = facts.document(random.Random(1), 9, 2, 6, ("absent",))
+    assert {answer for _, answer in asked} == {f"{language_of(context).absent}."}
 
 
 # ---- variety and seeds -------------------------------------------------------------------------------------------
 
 
 def test_every_language_kind_relation_and_wording_occurs() -> None:
-    drawn = items("train", count=400)
-    assert {(item.language, item.kind) for item in drawn} == {(code, kind) for code in LANGUAGES for kind in KINDS}
+    drawn = items("train", count=1200)
+    assert {(item.language, item.kind) for item in drawn} == set(product(LANGUAGES, KINDS))
     for code, language in LANGUAGES.items():
         mine = [item for item in drawn if item.language == code]
-        told = " ".join(item.context for item in mine)
-        for relation in language.relations:
-            assert any(name == relation.name for item in mine[:60] for name, _, _ in stated(item))
-            for wording in relation.says:
-                assert re.search(re.sub(r"\\\{[sv]\\\}", "[^.]+", re.escape(wording)), told)
-        assert all(filler in told for filler in language.filler)
+        told = {sentence for item in mine for sentence in sentences(item.context)}
+        for _, pattern in patterns(code, "says"):
+            assert any(map(pattern.fullmatch, told)), pattern
+        for kind in set(KINDS) - {"absent"}:
+            for _, pattern in patterns(code, kind):
+                assert any(pattern.fullmatch(item.question) for item in mine), pattern
+        strewn = " ".join(sentence.lower() for sentence in told & fillers(code))
+        for part in ("who", "time"):
+            assert all(text.lower() in strewn for text in language.filler[part])
+        values = " ".join(told)
+        assert all(word in values for part in ("job", "illness", "room", "device") for word in language.words[part])
 
 
 def test_a_language_can_be_chosen() -> None:
@@ -203,27 +394,25 @@ def test_a_language_can_be_chosen() -> None:
         assert {facts.item(random.Random(s), "test", 4, 1, code).language for s in range(10)} == {code}
 
 
-def test_seeds_reproduce() -> None:
+@pytest.mark.parametrize(
+    "draw", [lambda rng: facts.document(rng, 6, 2, 3), lambda rng: facts.narrative(rng, 4)], ids=["document", "story"]
+)
+def test_seeds_reproduce(draw: Callable[[random.Random], object]) -> None:
     assert items("valid", seed=3, count=30) == items("valid", seed=3, count=30)
     assert items("valid", seed=3, count=30) != items("valid", seed=4, count=30)
-    for draw in (lambda rng: facts.document(rng, 6, 2, 3), lambda rng: facts.narrative(rng, 4)):
-        assert draw(random.Random(9)) == draw(random.Random(9)) != draw(random.Random(10))
+    assert draw(random.Random(9)) == draw(random.Random(9)) != draw(random.Random(10))
+
+
+def test_the_text_of_a_seed_stays_the_same() -> None:
+    """The committed model was trained on this text: whoever changes it has to train the model again."""
+    rng = random.Random(1)
+    drawn = [*items("test", count=50), *(facts.document(rng, 20, 5, 24) for _ in range(20)), facts.narrative(rng, 9)]
+    assert zlib.crc32(repr([*drawn, rng.random()]).encode()) == 2020708663
 
 
 def test_narratives_tell_the_same_facts_again() -> None:
     for seed in range(20):
         text = facts.narrative(random.Random(seed), 4)
-        code = next(c for c, x in LANGUAGES.items() if all(tells(x, s) for s in re.findall(r"[^.]+\.", text)))
-        sentences = [s.strip() for s in re.findall(r"[^.]+\.", text)]
-        told = Counter(parse(LANGUAGES[code], s) for s in sentences if s not in LANGUAGES[code].filler)
-        assert set(told.values()) == {4}
-
-
-def tells(language: Language, sentence: str) -> bool:
-    if sentence.strip() in language.filler:
-        return True
-    try:
-        parse(language, sentence.strip())
-    except AssertionError:
-        return False
-    return True
+        language = language_of(text)
+        told = Counter(readings(language, s) for s in sentences(text) if s not in fillers(language.code))
+        assert len(told) in (4, 5) and set(told.values()) == {4}
