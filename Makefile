@@ -37,9 +37,12 @@ bench: $(STAMP)
 plots: $(STAMP)
 	$(BIN)/python bench/plots.py $(or $(BUNDLE),demo-out/model.bundle)
 
+# Hours on 2 cores. The weights begin with the first demo model's, which the history holds.
 train-demo: $(STAMP)
-	$(BIN)/python -m fstq_export.demo.train --out $(VENV)/demo-stage-1 --tokens 14000000
-	$(BIN)/python -m fstq_export.demo.train --start $(VENV)/demo-stage-1 --out export/fstq_export/demo/model --tokens 9000000 --longest 380 --rate 0.0015 --seed 8
+	mkdir -p $(VENV)/demo-start
+	git archive 29e6d65 export/fstq_export/demo/model | tar -x -C $(VENV)/demo-start
+	$(BIN)/python -m fstq_export.demo.train --start $(VENV)/demo-start/export/fstq_export/demo/model --out $(VENV)/demo-model
+	cp $(VENV)/demo-model/*.json $(VENV)/demo-model/model.safetensors export/fstq_export/demo/model
 
 clean:
 	rm -rf $(VENV) demo-out dist build

@@ -16,6 +16,7 @@ from fstq_export import data
 from fstq_export.calibrate import Recipe
 from fstq_export.command import bars
 from fstq_export.demo import facts
+from fstq_export.demo.train import amounts
 from fstq_export.pipeline import Done, Request, export
 from fstq_export.report import verdict
 from fstq_infer.commands import kept_text
@@ -24,7 +25,7 @@ from fstq_infer.runtime.generate import Generator
 from fstq_infer.runtime.result import Result
 
 MODEL = Path(__file__).parent / "model"
-ITEMS, FACTS, FILLERS = 900, (8, 20), (2, 10)
+ITEMS, LENGTHS, LAYER = 600, (150, 500), 2  # questions to calibrate with, over contexts of so many tokens
 KEEPS = (1.0, 0.5, 0.25)
 BUNDLE = "model.bundle"
 
@@ -45,7 +46,7 @@ class Answers:
 def write_items(path: Path, split: str, count: int, seed: int) -> None:
     """Generated questions as a calibration file."""
     rng = random.Random(seed)
-    items = [facts.item(rng, split, rng.randint(*FACTS), rng.randint(*FILLERS)) for _ in range(count)]
+    items = [facts.item(rng, split, *amounts(rng.randint(*LENGTHS))) for _ in range(count)]
     write_rows(path, [{"context": i.context, "question": i.question, "answer": i.answer} for i in items])
 
 
@@ -74,7 +75,7 @@ def demo(*, out: Path, model: str | None, calib: Path | None, questions: int, th
             write_rows(path, [{"prompt": example.prompt, "answer": example.answer} for example in part])
     examples = data.read(test)
     with bars() as progress:
-        recipe = Recipe(max_quality_drop=0.02)
+        recipe = Recipe(prune_layer=LAYER if model is None else None, max_quality_drop=0.02)
         done = export(Request(model or str(MODEL), out / BUNDLE, recipe, training, overwrite=True), progress)
     generator = Generator.load(done.path, threads=threads)
     asked = [(e.prompt, e.answer) for e in examples if e.answer is not None]

@@ -1,9 +1,10 @@
-"""Train the demo model from a seed: ``python -m fstq_export.demo.train --out DIR``.
+"""Train the demo model from a seed: ``python -m fstq_export.demo.train --out DIR`` (hours on two CPU cores).
 
-First full language-model loss on repetitive narratives, until copying from the context appears; then narratives and
-questions together with short contexts; then questions with growing contexts. Sparse question labels from scratch do
-not teach retrieval. ``--start`` goes on from a checkpoint with questions alone. training.json beside the model holds
-the recipe and log of each stage; `make train-demo` repeats the committed model's two stages (an hour and a half).
+First full language-model loss on repetitive narratives, until copying from the context appears; then questions with
+growing contexts, the loss on answers only, narratives mixed in. Sparse question labels from scratch do not teach
+retrieval. Matrices are trained with Muon: the same tokens teach it far more than AdamW. training.json beside the model
+holds the recipe and the log. The batch of a step depends on the seed, the step and the tokens seen alone, so a run that
+was interrupted goes on from its checkpoint as if it had not been.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
+import os
 import random
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,26 +29,38 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fstq_export.demo import facts
 
 BOS, EOS = "<s>", "</s>"
-LOG, EXACT_AT = "training.json", (100, 200, 350)
+LOG, CHECKPOINT = "training.json", "checkpoint.pt"
+EXACT_AT = (128, 512, 1000)
+FACT_TOKENS, FACT_SHARE = 9.6, 0.5
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the result, besides library versions."""
+    """Everything that decides the result, besides library versions and the number format of the machine.
+
+    tokens, narrative_tokens, ramp_tokens: length of the whole run, of its narrative start, and of the growth of the
+    contexts from 60 to ``longest`` tokens after it. hard_from: tokens after which hard kinds of questions prevail.
+    decay: last part of the run, in which the learning rate falls.
+    """
 
     seed: int = 7
-    vocabulary: int = 768
+    vocabulary: int = 2048
     width: int = 128
     layers: int = 6
     heads: int = 4
     kv_heads: int = 2
     feed_forward: int = 384
     positions: int = 2048
-    tokens_per_step: int = 4096
+    tokens_per_step: int = 2048
     learning_rate: float = 2e-3
-    tokens: int = 30_000_000
-    longest: int = 1000
+    tokens: int = 12_000_000
+    narrative_tokens: int = 300_000
+    ramp_tokens: int = 6_000_000
+    hard_from: int = 7_000_000
+    longest: int = 1050
+    questions: int = 24
+    decay: float = 0.25
 
 
 def train_tokenizer(seed: int, vocabulary: int) -> PreTrainedTokenizerFast:
@@ -74,48 +89,72 @@ def train_tokenizer(seed: int, vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS)
 
 
-class Stream:
-    """Batches of packed token rows; the loss mask is all ones (narratives) or weighted towards answers (questions)."""
+def amounts(tokens: int) -> tuple[int, int]:
+    """(facts, filler sentences) for a context of about ``tokens`` tokens, half of them in facts."""
+    n_facts = max(2, round(tokens * FACT_SHARE / FACT_TOKENS))
+    return n_facts, max(0, round((tokens - FACT_TOKENS * n_facts) / FACT_TOKENS))
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        self.tokenizer, self.rng = tokenizer, random.Random(seed)
+
+Row = tuple[list[int], list[bool]]
+
+
+class Batches:
+    """The batch of every step: token rows and which of their tokens carry loss.
+
+    A function of the seed, the step and the tokens seen before it alone.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
+        self.tokenizer, self.recipe = tokenizer, recipe
         self.bos, self.eos = tokenizer.convert_tokens_to_ids([BOS, EOS])
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    def narrative(self, facts_at_most: int) -> tuple[list[int], list[float]]:
-        ids = [self.bos, *self._ids(facts.narrative(self.rng, self.rng.randrange(2, facts_at_most + 1)))]
-        return ids, [1.0] * len(ids)
+    def narrative(self, rng: random.Random, length: float) -> Row:
+        """The same facts told four times; every token carries loss."""
+        n_facts = rng.randrange(2, max(4, min(14, int(length / 30))))
+        ids = [self.bos, *self._ids(facts.narrative(rng, n_facts))]
+        return ids, [True] * len(ids)
 
-    def questions(self, length: int) -> tuple[list[int], list[float]]:
-        """A context of about ``length`` tokens, then questions; answers weigh 1, other tokens little."""
-        n_facts = max(2, round(length / 18 * self.rng.uniform(0.5, 1.0)))
-        n_fillers = max(0, round((length - 13 * n_facts) / 10))
-        context, asked = facts.document(self.rng, n_facts, n_fillers, 8)
+    def questions(self, rng: random.Random, length: float, kinds: Sequence[str] = facts.KINDS) -> Row:
+        """A context of about ``length`` tokens, then questions; answers carry loss."""
+        n_facts, n_fillers = amounts(int(length))
+        n_facts = round(n_facts * rng.uniform(0.7, 1.4))
+        context, asked = facts.document(rng, n_facts, n_fillers, self.recipe.questions, kinds)
         ids = [self.bos, *self._ids(context)]
-        weights = [0.1] * len(ids)
+        labels = [False] * len(ids)
         for question, answer in asked:
             q, a = self._ids(" " + question), self._ids(" " + answer)
-            ids, weights = ids + q + a, weights + [0.1] * len(q) + [1.0] * len(a)
-        return [*ids, self.eos], [*weights, 0.1]
+            ids, labels = ids + q + a, labels + [False] * len(q) + [True] * len(a)
+        return [*ids, self.eos], [*labels, True]
 
-    def batch(self, rows: list[tuple[list[int], list[float]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, tokens) ids, padded with the end token, and loss mask, after ``seen`` tokens of training."""
+        recipe, rng = self.recipe, random.Random(f"{self.recipe.seed}/{step}")
+        start = seen < recipe.narrative_tokens
+        grown = min(1.0, max(0.0, (seen - recipe.narrative_tokens) / recipe.ramp_tokens))
+        length = rng.uniform(40, 60 + (recipe.longest - 60) * grown)
+        tell = rng.random() < (0.7 if start else 0.1)
+        if tell:
+            length = rng.uniform(80, 400)
+        kinds = facts.HARD_KINDS if seen >= recipe.hard_from else facts.KINDS
+        rows: list[Row] = []
+        while sum(len(ids) for ids, _ in rows) < recipe.tokens_per_step * (2 if grown == 1 else 1):
+            rows.append(self.narrative(rng, length) if tell else self.questions(rng, length, kinds))
         width = max(len(ids) for ids, _ in rows)
         ids = torch.full((len(rows), width), self.eos)
-        weights = torch.zeros(len(rows), width)
-        for i, (row, weight) in enumerate(rows):
-            ids[i, : len(row)], weights[i, : len(row)] = torch.tensor(row), torch.tensor(weight)
-        return ids, weights
+        labels = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, (row, label) in enumerate(rows):
+            ids[i, : len(row)], labels[i, : len(row)] = torch.tensor(row), torch.tensor(label)
+        return ids, labels
 
 
-def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted next-token cross-entropy; ids and weights are (rows, tokens)."""
-    logits = model(input_ids=ids).logits[:, :-1].float()
-    losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    weight = weights[:, 1:].flatten()
-    return (losses * weight).sum() / weight.sum()
+def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross-entropy over the tokens that carry loss; ids and labels are (rows, tokens)."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][labels[:, 1:]]
+    return functional.cross_entropy(model.lm_head(hidden).float(), ids[:, 1:][labels[:, 1:]])
 
 
 @torch.no_grad()
@@ -125,9 +164,8 @@ def exact_match(
     """Share of questions whose whole answer is the greedy continuation (teacher-forced), by kind of question."""
     rng = random.Random(seed)
     hits: dict[str, list[bool]] = {}
-    n_facts = max(2, round(tokens / 18 * 0.75))
     for _ in range(count):
-        x = facts.item(rng, split, n_facts, max(0, round((tokens - 13 * n_facts) / 10)))
+        x = facts.item(rng, split, *amounts(tokens))
         prompt = [tokenizer.bos_token_id, *tokenizer.encode(f"{x.context} {x.question}", add_special_tokens=False)]
         answer = tokenizer.encode(" " + x.answer, add_special_tokens=False)
         guess = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
@@ -136,102 +174,115 @@ def exact_match(
     return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(hits.items())}
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stages: list[dict[str, Any]], out: Path) -> None:
-    """Model in half precision, tokenizer, and recipe and log of every stage so far."""
+def save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, log: list[Any], out: Path
+) -> None:
+    """Model in half precision, tokenizer, recipe and log."""
     clone = LlamaForCausalLM(model.config).half()
     clone.load_state_dict(model.state_dict())
     clone.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / LOG).write_text(json.dumps({"stages": stages}, indent=1) + "\n")
+    (out / LOG).write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")
 
 
-def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
-    """Run the whole recipe; writes a checkpoint every few minutes."""
+def warm_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, start: Path) -> None:
+    """Weights of an earlier model of the same shape; its token embeddings where both vocabularies have the token."""
+    earlier = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    old = PreTrainedTokenizerFast.from_pretrained(start).get_vocab()
+    rows = model.get_input_embeddings().weight.detach().clone()
+    known = earlier.get_input_embeddings().weight.detach()
+    for token, new_id in tokenizer.get_vocab().items():
+        if token in old:
+            rows[new_id] = known[old[token]]
+    weights = {
+        name: value for name, value in earlier.state_dict().items() if "embed" not in name and "head" not in name
+    }
+    model.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(rows)
+
+
+def _rate(recipe: Recipe, step: int, seen: int) -> float:
+    """Warm-up over 200 steps, constant, then a linear fall to 2 % over the last part."""
+    left = (recipe.tokens - seen) / (recipe.decay * recipe.tokens)
+    return recipe.learning_rate * min(1.0, (step + 1) / 200, max(0.02, left))
+
+
+def train(recipe: Recipe, out: Path, start: Path | None = None, evaluate_every: int = 1_000_000) -> None:
+    """Run the recipe, from the weights in ``start`` if given; go on with it where ``out`` holds a checkpoint.
+
+    Writes a checkpoint at every evaluation.
+    """
     torch.manual_seed(recipe.seed)
-    tokenizer = (
-        train_tokenizer(recipe.seed, recipe.vocabulary)
-        if start is None
-        else PreTrainedTokenizerFast.from_pretrained(start)
+    tokenizer = train_tokenizer(recipe.seed, recipe.vocabulary)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.width,
+            intermediate_size=recipe.feed_forward,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.kv_heads,
+            max_position_embeddings=recipe.positions,
+            bos_token_id=0,
+            eos_token_id=1,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
     )
-    earlier = [] if start is None else json.loads((start / LOG).read_text())["stages"]
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.width,
-        intermediate_size=recipe.feed_forward,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.kv_heads,
-        max_position_embeddings=recipe.positions,
-        bos_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
-    model = LlamaForCausalLM(config) if start is None else LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    if start is not None:
+        warm_start(model, tokenizer, start)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    stream, began = Stream(tokenizer, recipe.seed + 1), time.monotonic()
-    log: list[dict[str, object]] = []
-    step, seen, last_report = 0, 0, 0
+    batches = Batches(tokenizer, recipe)
+    state: dict[str, Any] = {"step": 0, "seen": 0, "minutes": 0.0, "log": []}
+    if (out / CHECKPOINT).exists():
+        state = torch.load(out / CHECKPOINT, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    step, seen, log = state["step"], state["seen"], state["log"]
+    began, reported = time.monotonic() - 60 * state["minutes"], seen
+    # bfloat16 is emulated, and many times slower than float32, on processors without instructions for it.
+    half = (
+        torch.autocast("cpu", dtype=torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else nullcontext()
+    )
     while seen < recipe.tokens:
-        progress = seen / recipe.tokens
-        rate = (
-            recipe.learning_rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        )
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        rng = stream.rng
-        ramp = max(0.0, progress - 0.15) / 0.5 if start is None else progress / 0.3
-        longest = 80 + (recipe.longest - 80) * min(1.0, ramp)
-        ask = rng.random() < (0.3 if progress < 0.15 else 0.85) or start is not None
-        length = rng.uniform(40, longest)
-        rows = max(1, int(recipe.tokens_per_step / (length + (110 if ask else 4 * length))))
-        ids, weights = stream.batch(
-            [
-                stream.questions(int(length)) if ask else stream.narrative(max(3, min(12, int(length / 12))))
-                for _ in range(rows)
-            ]
-        )
+            group["lr"] = _rate(recipe, step, seen)
+        ids, labels = batches.batch(step, seen)
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of(model, ids, weights)
+        with half:
+            loss = loss_of(model, ids, labels)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step, seen = step + 1, seen + int((weights > 0).sum())
-        if seen - last_report > recipe.tokens / 30:
-            last_report = seen
-            model.eval()
-            row: dict[str, object] = {
-                "minutes": round((time.monotonic() - began) / 60, 1),
-                "step": step,
-                "tokens": seen,
-                "loss": round(loss.item(), 4),
-            }
-            row |= {f"exact_{n}": exact_match(model, tokenizer, n, 40, "valid", 11) for n in EXACT_AT}
-            model.train()
+        step, seen = step + 1, seen + ids.numel()
+        if seen - reported >= evaluate_every or seen >= recipe.tokens:
+            reported = seen
+            minutes = (time.monotonic() - began) / 60
+            row: dict[str, Any] = {"minutes": round(minutes, 1), "step": step, "tokens": seen}
+            row["loss"] = round(loss.item(), 4)
+            row |= {f"exact_{n}": exact_match(model, tokenizer, n, 60, "valid", 11) for n in EXACT_AT}
             log.append(row)
             _log.info(json.dumps(row))
-            save(model, tokenizer, [*earlier, {"recipe": asdict(recipe), "log": log}], out)
-    save(model, tokenizer, [*earlier, {"recipe": asdict(recipe), "log": log}], out)
+            save(model, tokenizer, recipe, log, out)
+            state = {"step": step, "seen": seen, "minutes": minutes, "log": log}
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, out / (CHECKPOINT + ".new"))
+            os.replace(out / (CHECKPOINT + ".new"), out / CHECKPOINT)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=Recipe().tokens)
-    parser.add_argument("--longest", type=int, default=Recipe().longest, help="longest context in tokens, about")
-    parser.add_argument("--rate", type=float, default=Recipe().learning_rate, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=Recipe().seed)
-    parser.add_argument("--start", type=Path, help="go on from this checkpoint")
+    parser.add_argument("--start", type=Path, help="begin with the weights of this earlier model of the same shape")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(
-        seed=arguments.seed, tokens=arguments.tokens, longest=arguments.longest, learning_rate=arguments.rate
-    )
-    train(recipe, arguments.out, arguments.start)
+    train(Recipe(seed=arguments.seed, tokens=arguments.tokens), arguments.out, arguments.start)
 
 
 if __name__ == "__main__":
