@@ -22,16 +22,18 @@ class Timed:
 
     def __init__(self, session: Any) -> None:
         self.session, self.calls = session, list[float]()
+        for name in dir(session):
+            if name.startswith("run"):
+                setattr(self, name, self._timed(getattr(session, name)))
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.session, name)
-        if not name.startswith("run"):
-            return found
+        return getattr(self.session, name)
 
+    def _timed(self, run: Any) -> Any:
         def call(*arguments: Any, **named: Any) -> Any:
             began = time.perf_counter()
             try:
-                return found(*arguments, **named)
+                return run(*arguments, **named)
             finally:
                 self.calls.append(time.perf_counter() - began)
 

@@ -36,12 +36,12 @@ EMPTY: dict[str, tuple[type[np.generic], int]] = {  # a NumPy type of that size,
 ERRORS_ONLY = 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: that would triple the time to make one, and each token makes one
 class OrtCache:
     """A vector of OrtValues; from ``first`` on positions of each group, then key and value of each layer.
 
     It is what ONNX Runtime returned, as it is: taking a value out of it and dropping it at once costs a quarter of
-    keeping them all as Python objects. ``session`` must outlive it.
+    keeping them all as Python objects. ``session`` must outlive it. Nothing in it changes.
     """
 
     batch: int
@@ -89,10 +89,13 @@ class OrtEngine:
         where = self._ort.OrtDevice.make(provider, 0)._get_c_device()
         cached = 2 * model.layers + self._groups
         self._devices = [self._cpu] * (len(outputs) - cached) + [where] * cached
+        self._narrow = _named(self._session.get_outputs(), ["logits"])[0].type != "tensor(float)"
         self._shapes = [(i.type, i.shape) for i in _named(self._session.get_inputs(), self._feeds[self._fixed :])]
         self._empty: dict[int, OrtCache] = {}
         self._arrays: list[Any] = []
-        self._single: dict[int, tuple[list[Int64], list[Any]]] = {}
+        self._given: tuple[Int64 | None, ...] = (None, None, None)
+        self._values: list[Any] = []
+        self._first: dict[int, tuple[Int64, ...]] = {}
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -133,22 +136,20 @@ class OrtEngine:
         """
         if not isinstance(cache, OrtCache) or cache.session is not self._session:
             raise EngineError("the cache is not of this engine; begin with the engine's own empty_cache()")
-        batch, stages = cache.batch, len(self._stages)
-        shape = (batch, *input_ids.shape[1:])
-        if len(shape) != 2 or shape[1] < 1 or input_ids.shape != shape or position_ids.shape != shape:
+        batch, stages, shape = cache.batch, len(self._stages), input_ids.shape
+        if len(shape) != 2 or shape[0] != batch or shape[1] < 1 or position_ids.shape != shape:
             raise EngineError(
-                f"input_ids {input_ids.shape} and position_ids {position_ids.shape} do not fit a cache of {batch} "
-                f"rows; expected ({batch}, sequence) twice"
+                f"input_ids {shape} and position_ids {position_ids.shape} do not fit a cache of {batch} rows; "
+                f"expected ({batch}, sequence) twice"
             )
         if keep.shape != (batch, stages):
             raise EngineError(f"keep has the shape {keep.shape}, expected {(batch, stages)}: rows, pruning stages")
-        arrays, values = self._inputs(batch, shape[1])
-        for array, given in zip(arrays, (input_ids, position_ids, keep), strict=False):  # no keep without stages
-            array[:] = given
+        if input_ids is not self._given[0] or position_ids is not self._given[1] or keep is not self._given[2]:
+            self._wrap(input_ids, position_ids, keep)
         feeds, fetched = self._vector(), self._vector()
         feeds.reserve(len(self._feeds))
         push, cached = feeds.push_back, cache.values
-        for value in values:
+        for value in self._values:
             push(value)
         for index in range(cache.first, len(cached)):
             push(cached[index])
@@ -158,23 +159,30 @@ class OrtEngine:
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise EngineError(f"ONNX Runtime failed on {batch} x {shape[1]} tokens: {brief(error)}") from error
-        logits = fetched[0].numpy().astype(np.float32, copy=False).reshape(batch, -1)
-        if shape[1] == 1:  # a token alone stays; looking takes longer
-            kept = (np.minimum(position_ids, 0),) * stages
-        else:
+        logits = fetched[0].numpy()[:, 0]  # a view of the value's memory
+        if self._narrow:
+            logits = logits.astype(np.float32)
+        if shape[1] > 1:
             kept = tuple(fetched[index].numpy() for index in range(1, self._groups))
+        else:  # a token alone stays; looking takes longer
+            kept = self._alone(batch, position_ids)
         return Step(logits, kept, OrtCache(batch, fetched, self._groups, self._groups, self._session))
 
-    def _inputs(self, batch: int, sequence: int) -> tuple[list[Int64], list[Any]]:
-        """Arrays for ids, positions and keep, and OrtValues over them; those of single tokens are used again."""
-        if sequence == 1 and batch in self._single:
-            return self._single[batch]
-        shapes = [(batch, sequence), (batch, sequence), (batch, len(self._stages))][: self._fixed]
-        arrays = [np.empty(shape, np.int64) for shape in shapes]
-        made = arrays, [self._value.ortvalue_from_numpy(array, self._cpu) for array in arrays]
-        if sequence == 1:
-            self._single[batch] = made
-        return made
+    def _alone(self, batch: int, position_ids: Int64) -> tuple[Int64, ...]:
+        """Kept indices of single tokens; the same arrays for the same number of rows where none is padding."""
+        if any(position_ids.item(row) < 0 for row in range(batch)):
+            return (np.minimum(position_ids, 0),) * len(self._stages)
+        if batch not in self._first:
+            array = np.zeros((batch, 1), np.int64)
+            array.flags.writeable = False
+            self._first[batch] = (array,) * len(self._stages)
+        return self._first[batch]
+
+    def _wrap(self, *given: Int64) -> None:
+        """OrtValues over the arrays' own memory: a caller that writes into the same ones each time needs no others."""
+        arrays = tuple(np.ascontiguousarray(array, np.int64) for array in given)
+        self._values = [self._value.ortvalue_from_numpy(array, self._cpu) for array in arrays[: self._fixed]]
+        self._given = arrays  # keeps the memory; an array that had to be copied is not the caller's and never matches
 
 
 def contract(layers: int, stages: int) -> tuple[dict[str, Port], dict[str, Port]]:

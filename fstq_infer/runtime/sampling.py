@@ -5,10 +5,14 @@ The kept tokens are those of Hugging Face's logits processors and warpers, appli
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from operator import neg
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 from fstq_infer.errors import EngineError, OptionError
 
 BLOCK = 512
+FEW = 256  # up to so many candidates, Python's numbers take less time than NumPy's calls, whose code fell out of caches
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
@@ -46,16 +51,17 @@ class Sampling:
 
 
 class Sampler:
-    """Draws the tokens of one text. Holds that text's random generator and the set of tokens seen so far."""
+    """Draws the tokens of one text. Holds that text's random numbers and the set of tokens seen so far."""
 
-    __slots__ = ("_count", "_ids", "_read", "_rng", "_seen", "sampling")
+    __slots__ = ("_array", "_distinct", "_filled", "_read", "_seen", "_uniform", "sampling")
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._rng = np.random.default_rng(sampling.seed) if sampling.temperature > 0 else None
+        self._uniform = _uniform(sampling.seed) if sampling.temperature > 0 else None
         self._seen: set[int] = set()
-        self._ids: Ints = np.empty(256, np.int64)  # the set again, as an array; its first _count entries
-        self._count = 0
+        self._distinct: list[int] = []  # the set again, in the order of the text
+        self._array: Ints = np.empty(256, np.int64)  # and again, its first _filled entries
+        self._filled = 0
         self._read = 0
 
     def __call__(self, logits: Floats, history: Sequence[int]) -> int:
@@ -64,47 +70,93 @@ class Sampler:
         ``history`` must be the same growing sequence at every call: only what was added since the last one is read.
         Raises EngineError when the logits hold NaN or have no finite maximum.
         """
-        if self.sampling.repetition_penalty == 1.0:
-            return self._choose(logits)
+        penalty = self.sampling.repetition_penalty
+        if penalty != 1:
+            self._see(history, len(logits))
+        if self._uniform is None:
+            return self._over_all(logits, 0.0)
+        uniform = next(self._uniform)
+        if penalty >= 1 and 0 < self.sampling.top_k < len(logits) and logits.itemsize == 4:
+            token = self._among_few(logits, uniform)
+            if token is not None:
+                return token
+        return self._over_all(logits, uniform)
+
+    def _among_few(self, logits: Floats, uniform: float) -> int | None:
+        """The token, drawn from a shortlist of float32 logits; None where that would not be the same as from all."""
+        k, penalty = self.sampling.top_k, self.sampling.repetition_penalty
+        ids, top, bound = shortlist(logits, k if penalty == 1 else min(2 * k, len(logits)))
+        if len(ids) > FEW:
+            return None
+        values: list[float] = top.tolist()
+        if penalty != 1:
+            factor, seen = float(np.float32(penalty)), self._seen
+            hits = [place for place, token in enumerate(ids.tolist()) if token in seen]
+            # Rounded to float32 as its own arithmetic rounds.
+            lowered = array("f", [values[i] * factor if values[i] < 0 else values[i] / factor for i in hits])
+            for place, value in zip(hits, lowered, strict=True):
+                values[place] = value
+        ranked = sorted(values, reverse=True)
+        if ranked[k - 1] < bound:  # a penalty above 1 raises nothing: while k logits reach the bound, no other can pass
+            return None
+        kept, weights = _few(values, ranked, self.sampling)
+        return int(ids.item(_locate(values, kept, _draw(weights, uniform))))
+
+    def _over_all(self, logits: Floats, uniform: float) -> int:
+        if self.sampling.repetition_penalty == 1:
+            return self._choose(logits, uniform)
         if not logits.flags.writeable:
             logits = logits.copy()
-        ids = self._seen_ids(history, len(logits))
-        seen = logits[ids]
+        ids = self._seen_ids()
+        seen = logits.take(ids)
         logits[ids] = penalized(seen, self.sampling.repetition_penalty)  # a copy of all logits would take longer
         try:
-            return self._choose(logits)
+            return self._choose(logits, uniform)
         finally:
             logits[ids] = seen
 
-    def _choose(self, logits: Floats) -> int:
-        if self._rng is None:
-            best = int(np.argmax(logits))  # NaN counts as the largest value, so one look finds any
-            _check_finite(logits[best])
+    def _choose(self, logits: Floats, uniform: float) -> int:
+        if self._uniform is None:
+            best = int(logits.argmax())  # NaN counts as the largest value, so one look finds any
+            _check_finite(logits.item(best))
             return best
         ids, weights = candidates(logits, self.sampling)
-        place = _draw(weights, self._rng.random())
-        return int(ids[place]) if ids is not None else place
+        place = _draw(weights, uniform)
+        return place if ids is None else int(ids[place])
 
-    def _seen_ids(self, history: Sequence[int], vocab: int) -> Ints:
-        """The distinct ids in ``history`` so far, those that the engine has no logit for left out."""
-        fresh = {token for token in history[self._read :] if token < vocab} - self._seen
+    def _see(self, history: Sequence[int], vocab: int) -> None:
+        """Read what was added to ``history``; ids that the engine has no logit for are left out."""
+        for token in history[self._read :]:
+            if token < vocab and token not in self._seen:
+                self._seen.add(token)
+                self._distinct.append(token)
         self._read = len(history)
-        if fresh:
-            self._seen |= fresh
-            end = self._count + len(fresh)
-            if end > len(self._ids):
-                grown = np.empty(2 * end, np.int64)
-                grown[: self._count] = self._ids[: self._count]
-                self._ids = grown
-            self._ids[self._count : end] = list(fresh)
-            self._count = end
-        return self._ids[: self._count]
+
+    def _seen_ids(self) -> Ints:
+        """The distinct ids seen so far."""
+        end = len(self._distinct)
+        if end > len(self._array):
+            grown = np.empty(2 * end, np.int64)
+            grown[: self._filled] = self._array[: self._filled]
+            self._array = grown
+        for place in range(self._filled, end):
+            self._array[place] = self._distinct[place]
+        self._filled = end
+        return self._array[:end]
+
+
+def _uniform(seed: int | None) -> Iterator[float]:
+    """Random numbers from 0 to 1, the same as one by one, made in advance: NumPy's way to a single one is long."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from rng.random(64).tolist()
 
 
 def penalized(logits: Floats, penalty: float) -> Floats:
     """Logits of seen tokens, made less likely (more likely for a penalty below 1)."""
-    factor = logits.dtype.type(penalty)
-    return np.where(logits < 0, logits * factor, logits / factor)
+    choose = np.minimum if penalty > 1 else np.maximum
+    chosen: Floats = choose(logits * penalty, logits / penalty)  # the product where negative, else the quotient
+    return chosen
 
 
 def candidates(logits: Floats, sampling: Sampling) -> tuple[Ints | None, Floats]:
@@ -129,30 +181,75 @@ def candidates(logits: Floats, sampling: Sampling) -> tuple[Ints | None, Floats]
     return _nucleus(np.arange(len(logits)), weights.astype(np.float64), mass)
 
 
+def _few(top: list[float], ranked: list[float], sampling: Sampling) -> tuple[list[float], list[float]]:
+    """:func:`candidates` of a shortlist ``top``, but the logits in place of ids; ``ranked``: the largest first."""
+    peak, least = ranked[0], ranked[sampling.top_k - 1]
+    if sampling.top_p < 1:
+        kept = ranked[: bisect.bisect_right(ranked, -least, key=neg)]
+    else:
+        kept = [value for value in top if value >= least]
+    exp, temperature = math.exp, sampling.temperature
+    weights = [exp((value - peak) / temperature) for value in kept]
+    if sampling.top_p < 1:
+        running = list(itertools.accumulate(weights))
+        size = bisect.bisect_left(running, sampling.top_p * running[-1]) + 1
+        kept, weights = kept[:size], weights[:size]
+    return kept, weights
+
+
+def _locate(top: list[float], kept: list[float], place: int) -> int:
+    """The index in ``top`` of ``kept[place]``; of equal ones, the first in one is the first in the other."""
+    value = kept[place]
+    found = top.index(value)
+    for _ in range(kept[:place].count(value)):
+        found = top.index(value, found + 1)
+    return found
+
+
 def top_ids(logits: Floats, k: int) -> Ints:
     """Ascending ids of the ``k`` largest logits, and of those equal to the smallest of them. 0 < k <= len(logits).
 
     Raises EngineError when the logits hold NaN or have no finite maximum.
     """
-    width = 16 * k
-    if width * 4 > len(logits):
-        _check_finite(logits.max())
-        return np.flatnonzero(logits >= np.partition(logits, len(logits) - k)[len(logits) - k])
-    # k of these column maxima are at least the k-th largest of them, so what is smaller is not among the top k, nor
-    # is anything else in its column: one pass over the logits leaves few columns to select from.
-    rows = len(logits) // width
-    table, rest = logits[: rows * width].reshape(rows, width), logits[rows * width :]
-    maxima = table.max(axis=0)
-    _check_finite(np.maximum(maxima.max(), rest.max(initial=-np.inf)))
-    columns = np.flatnonzero(maxima >= np.partition(maxima, width - k)[width - k])
-    inside = (columns + width * np.arange(rows)[:, None]).ravel()
-    ids = np.append(inside, np.arange(rows * width, len(logits)))
-    top = logits[ids]
-    found: Ints = ids[top >= np.partition(top, len(top) - k)[len(top) - k]]
+    ids, top, _ = shortlist(logits, k)
+    found: Ints = ids[top >= _kth(top, k)]
     return found
 
 
-def _check_finite(peak: np.floating[Any]) -> None:
+def shortlist(logits: Floats, k: int) -> tuple[Ints, Floats, float]:
+    """Ids of at least ``k`` logits, ascending, their values, and the bound that all of them and no others reach.
+
+    Raises EngineError when the logits hold NaN or have no finite maximum.
+    """
+    count = 3 * k
+    size = len(logits) // count
+    if size < 64:
+        _check_finite(logits.max())
+        bound = _kth(logits, k)
+    else:  # k of these blocks' maxima reach the k-th largest of them, so the k largest logits do, and few others
+        end = count * size
+        best = logits[:end].reshape(count, size).argmax(axis=1)  # NaN counts as the largest value
+        maxima = logits.take(best + np.arange(0, end, size))
+        maxima.sort()
+        bound, peak = maxima[-k], maxima.item(-1)
+        if end < len(logits):
+            rest = logits[end:]
+            other = rest.item(rest.argmax())
+            if other > peak or math.isnan(other):
+                peak = other
+        _check_finite(peak)
+    ids: Ints = (logits >= bound).nonzero()[0]
+    return ids, logits.take(ids), float(bound)
+
+
+def _kth(values: Floats, k: int) -> Any:
+    """The ``k``-th largest."""
+    ranked = values.copy()
+    ranked.partition(len(values) - k)
+    return ranked[len(values) - k]
+
+
+def _check_finite(peak: float | np.floating[Any]) -> None:
     if not math.isfinite(peak):
         raise EngineError(
             f"the engine returned {peak} as its largest logit, which no token can be drawn from. The "
@@ -168,8 +265,11 @@ def _nucleus(ids: Ints, weights: Floats, mass: float) -> tuple[Ints, Floats]:
     return ids[order[:size]], weights[:size]
 
 
-def _draw(weights: Floats, uniform: float) -> int:
+def _draw(weights: Sequence[float] | Floats, uniform: float) -> int:
     """The index at the share ``uniform`` (0 <= u < 1) of the weights' sum; never one of weight zero."""
+    if isinstance(weights, list):
+        running = list(itertools.accumulate(weights))
+        return min(bisect.bisect_right(running, uniform * running[-1]), bisect.bisect_left(running, running[-1]))
     starts = np.arange(0, len(weights), BLOCK)  # sums of blocks first: a running sum over a whole vocabulary is slow
     blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
     target = uniform * blocks[-1]

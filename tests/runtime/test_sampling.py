@@ -169,6 +169,41 @@ def test_penalty_reads_only_what_is_new_and_leaves_the_logits_alone() -> None:
         history.append(token)
 
 
+class OverAll(Sampler):
+    """A sampler that never draws from a shortlist."""
+
+    def _among_few(self, logits: np.ndarray, uniform: float) -> None:
+        return None
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.sampled_from([3, 100, 300, 8_000, 40_000]),
+    seed=st.integers(0, 10**6),
+    top_k=st.sampled_from([1, 2, 20, 50, 300]),
+    top_p=st.sampled_from([0.3, 0.95, 1.0]),
+    penalty=st.sampled_from([1.0, 1.1, 3.0, 0.8]),
+    ties=st.booleans(),
+    often=st.booleans(),
+)
+def test_the_shortlist_draws_what_all_logits_draw(
+    size: int, seed: int, top_k: int, top_p: float, penalty: float, ties: bool, often: bool
+) -> None:
+    sampling = Sampling(0.9, top_k, top_p, penalty, seed)
+    few, over_all = Sampler(sampling), OverAll(sampling)
+    history = np.random.default_rng(seed).integers(0, size, 200).tolist()
+    for step in range(4):
+        logits = random_logits(size, seed + step)
+        if ties:
+            logits = np.round(logits)
+        if often:  # so many likely tokens were seen that the shortlist does not do
+            history += np.argsort(-logits)[: 3 * top_k].tolist()
+        before = logits.copy()
+        history.append(few(logits, history))
+        assert over_all(logits, history[:-1]) == history[-1]
+        assert np.array_equal(logits, before)
+
+
 def test_same_seed_same_tokens() -> None:
     rows = [random_logits(500, seed) for seed in range(50)]
 
