@@ -170,8 +170,9 @@ class OrtEngine:
 
     def _alone(self, batch: int, position_ids: Int64) -> tuple[Int64, ...]:
         """Kept indices of single tokens; the same arrays for the same number of rows where none is padding."""
-        if any(position_ids.item(row) < 0 for row in range(batch)):
-            return (np.minimum(position_ids, 0),) * len(self._stages)
+        for row in range(batch):
+            if position_ids.item(row) < 0:
+                return (np.minimum(position_ids, 0),) * len(self._stages)
         if batch not in self._first:
             array = np.zeros((batch, 1), np.int64)
             array.flags.writeable = False

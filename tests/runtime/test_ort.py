@@ -117,6 +117,30 @@ def test_a_cache_is_immutable_and_outlives_later_calls(engine: OrtEngine) -> Non
     assert np.array_equal(start.kept[0], kept)
 
 
+@pytest.mark.parametrize("count", [1, 20])
+def test_arrays_are_read_at_each_call_and_may_be_written_afterwards(engine: OrtEngine, count: int) -> None:
+    ids, positions, keep = tokens(count), np.arange(count)[None], np.full((1, 2), count)
+    rows = [tokens(count, seed=seed) for seed in range(3)]
+    expected = [call(engine, row) for row in rows]
+    for row, wanted in zip(rows, expected, strict=True):  # the same arrays with other content
+        ids[:], positions[:] = row, np.arange(count)
+        step = engine.forward(ids, positions, keep, engine.empty_cache(1))
+        ids[:], positions[:] = 0, -1
+        assert np.array_equal(step.logits, wanted.logits)
+        follow, after = (call(engine, tokens(1), [1, 1], one.cache, count) for one in (step, wanted))
+        assert np.array_equal(follow.logits, after.logits)
+    strided = np.repeat(rows[0], 2, axis=1)[:, ::2]
+    narrow = rows[1].astype(np.int32)
+    for given, wanted in ((strided, expected[0]), (narrow, expected[1]), (strided, expected[0])):
+        step = engine.forward(given, np.arange(count)[None], keep, engine.empty_cache(1))
+        assert np.array_equal(step.logits, wanted.logits)
+
+
+def test_a_single_padding_token_is_not_kept(engine: OrtEngine) -> None:
+    step = engine.forward(tokens(1, 2), np.array([[-1], [0]]), np.ones((2, 2), np.int64), engine.empty_cache(2))
+    assert [kept.tolist() for kept in step.kept] == [[[-1], [0]]] * 2
+
+
 def test_empty_caches_are_shared(engine: OrtEngine) -> None:
     assert engine.empty_cache(3) is engine.empty_cache(3)
     assert engine.empty_cache(3).bytes == 0
