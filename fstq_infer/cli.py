@@ -32,7 +32,8 @@ Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.", show_def
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all that this process may use.")]
 Keep = Annotated[
-    float | None, typer.Option(help="Keep ratio: share of prompt tokens that stay; default: the bundle's.")
+    str | None,
+    typer.Option(help="Share of prompt tokens that stay, or 'auto': as many as each needs; default: the bundle's."),
 ]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the bundle's.")]
@@ -46,6 +47,11 @@ def _auto_float(name: str, text: str) -> float | None:
         return float(text)
     except ValueError:
         raise OptionError(f"--{name} is '{text}'; expected 'auto' or a number") from None
+
+
+def _keep(text: str | None) -> float | str | None:
+    """A keep ratio, 'auto' or None as it was given."""
+    return text if text in (None, "auto") else _auto_float("keep", text)
 
 
 def _auto_int(name: str, text: str) -> int | None:
@@ -106,8 +112,9 @@ def export(
     seed: Annotated[int, typer.Option(help="Seed of everything that draws.")] = 0,
     sink: Annotated[int, typer.Option(help="So many first prompt tokens always stay.")] = 1,
     window: Annotated[
-        int, typer.Option(help="So many last prompt tokens always stay; the probe reads them as the query.")
-    ] = 16,
+        int | None,
+        typer.Option(help="So many last prompt tokens always stay; default: 4 with calibration data, else 16."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     json: Json = False,
@@ -175,7 +182,7 @@ def run(
         threads=threads,
         json=json,
         options={
-            "keep": keep,
+            "keep": _keep(keep),
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_k": top_k,
@@ -202,7 +209,7 @@ def chat(
         bundle,
         system=system,
         threads=threads,
-        options={"keep": keep, "max_tokens": max_tokens, "temperature": temperature, "seed": seed},
+        options={"keep": _keep(keep), "max_tokens": max_tokens, "temperature": temperature, "seed": seed},
     )
 
 

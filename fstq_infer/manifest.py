@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from fstq_infer.errors import BundlePathError, BundleVersionError, ManifestError
 from fstq_infer.runtime.engine import Stage
+from fstq_infer.runtime.options import Auto
 from fstq_infer.strict_json import INT32, INT64, MANIFEST, MAX_ITEMS, REPAIR, JsonObject, is_integer, load, show
 
 FORMAT, VERSION, GRAPH_CONTRACT = "fstq-bundle", 1, 1
@@ -60,12 +61,16 @@ class Contract:
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """Default keep ratio in (0, 1], the score that ranks tokens, and what was measured (None: nothing)."""
+    """Default keep ratio in (0, 1], the score that ranks tokens, and what was measured (None: nothing).
+
+    auto: what ``keep="auto"`` means, None where it is not offered.
+    """
 
     keep: float
     score: str
     calibrated: bool
     contract: Contract | None
+    auto: Auto | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +203,12 @@ def _pruning(data: JsonObject) -> Pruning:
             max_drop=measured.number("max_drop", low=0),
             drop=measured.number("drop"),
         )
-    return Pruning(data.number("keep", above=0, high=1), data.text("score"), data.boolean("calibrated"), contract)
+    auto = None
+    if data.get("auto", "an object or null") is not None:
+        adaptive = data.nested("auto")
+        auto = Auto(adaptive.number("mass", above=0, high=1), adaptive.integer("floor", 0, INT32))
+    keep, score = data.number("keep", above=0, high=1), data.text("score")
+    return Pruning(keep, score, data.boolean("calibrated"), contract, auto)
 
 
 def _generation(data: JsonObject, vocab_size: int) -> GenerationDefaults:

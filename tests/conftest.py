@@ -53,7 +53,7 @@ def write_bundle(out: Path, graph: Path, stages: tuple[Stage, ...] = STAGES, **m
     manifest = Manifest(
         model=ModelInfo(**(described | model)),
         stages=stages,
-        pruning=Pruning(0.5, "gate", False, None),
+        pruning=Pruning(0.5, "gate", False, None, None),
         generation=GenerationDefaults(1, (2,), 0.0, 0, 1.0, 1.0),
         provenance=Provenance("tiny", "0" * 64, {}, 0, "2026-01-01", "tests"),
     )
@@ -93,7 +93,7 @@ def tiny_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder / "hf")
-    stages = [PruneStage(stage, Probe(WIDTH, HEADS, stage.window).arrays()) for stage in STAGES]
+    stages = [PruneStage(stage, Probe(WIDTH, HEADS).arrays()) for stage in STAGES]
     decoder.save(decoder.build_graph(source.resolve(str(folder / "hf")), "float32", stages), folder)
     return folder
 

@@ -24,6 +24,7 @@ from fstq_infer.manifest import (
     Pruning,
 )
 from fstq_infer.runtime.engine import Stage
+from fstq_infer.runtime.options import Auto
 
 from .bundles import BARE, fails, make, name_of, write
 
@@ -45,11 +46,12 @@ def manifests(draw: st.DrawFn) -> Manifest:
     layers = draw(st.sets(st.integers(1, model.layers - 1), max_size=5)) if model.layers > 1 else set()
     ratio, token = st.floats(0, 1, exclude_min=True), st.integers(0, model.vocab_size - 1)
     measured = st.builds(Contract, st.booleans(), texts, st.floats(0, 1e300), finite)
+    auto = st.none() | st.builds(Auto, ratio, small)
     names = st.sets(st.sampled_from([name for name in FILE_CAPS if name not in REQUIRED_FILES]))
     return Manifest(
         model=model,
         stages=tuple(Stage(layer, draw(small), draw(small)) for layer in sorted(layers)),
-        pruning=Pruning(draw(ratio), draw(texts), draw(st.booleans()), draw(st.none() | measured)),
+        pruning=Pruning(draw(ratio), draw(texts), draw(st.booleans()), draw(st.none() | measured), draw(auto)),
         generation=GenerationDefaults(
             bos_token_id=draw(st.none() | token),
             eos_token_ids=tuple(draw(st.lists(token, max_size=4))),
@@ -122,8 +124,8 @@ def put(at: Place, value: Any) -> bytes:
 
 ALL = places(make.manifest())
 OPTIONAL = {("files", name) for name in FILE_CAPS if name not in REQUIRED_FILES} | {("provenance", "libraries", "onnx")}
-NULLABLE = {("pruning", "contract"), ("generation", "bos_token_id")}
-REAL = {"keep", "max_drop", "drop", "temperature", "top_p", "repetition_penalty"}
+NULLABLE = {("pruning", "contract"), ("pruning", "auto"), ("generation", "bos_token_id")}
+REAL = {"keep", "mass", "max_drop", "drop", "temperature", "top_p", "repetition_penalty"}
 
 
 def has_type(at: Place, value: Any) -> bool:
@@ -172,6 +174,8 @@ OUT_OF_RANGE: list[tuple[str, list[Any]]] = [
     ("graph stages 0 window", [-1, HUGE]),
     ("pruning keep", [0, -0.5, 1.001, 10**19]),
     ("pruning contract max_drop", [-0.01]),
+    ("pruning auto mass", [0, -0.5, 1.001]),
+    ("pruning auto floor", [-1, HUGE]),
     ("generation bos_token_id", [-1, 256]),
     ("generation eos_token_ids", [[-1], [256], [True], [1.0], ["1"], [None], [1] * 4097]),
     ("generation temperature", [-0.1]),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,15 @@ from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.probe import Probe, ProbeInput
 from fstq_infer.fisher.prune import pruned_outcome
-from fstq_infer.fisher.scores import BASELINES, SCORES, TARGETS, Evidence, computable
-from fstq_infer.fisher.select import keep_count, select
+from fstq_infer.fisher.scores import BASELINES, SCORES, TARGETS, Evidence, Score, computable
+from fstq_infer.fisher.select import keep_count, mass_count, select
+from fstq_infer.runtime.options import Auto
 
 KEEPS = (0.75, 0.5, 0.35, 0.25, 0.18, 0.125)
 CURVE = (0.5, 0.25, 0.125)
 COMPARE = (0.5, 0.25)  # keep ratios at which candidate probes are compared
+MASSES = (0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the score mass that adaptive keep tries
+WINDOW = 4  # so many last tokens always stay; the rest of the question has to earn its place like any other token
 EPOCHS, STEPS = 5, 400
 SPAN, SPANS = 9, (1, 5, 13, 17)  # neighbours that a score is averaged over: at first, and what else is tried
 
@@ -53,7 +56,8 @@ class Recipe:
     """What the user asked for.
 
     prune_layer, keep: None for automatic choice. max_quality_drop: fraction of dense quality. score: the sensitivity
-    that the probe learns; 'auto' tries each and keeps what measures best.
+    that the probe learns; 'auto' tries each and keeps what measures best. window: None for 4 last tokens that stay, and
+    without calibration as many as the probe reads.
     """
 
     prune_layer: int | None = None
@@ -61,7 +65,7 @@ class Recipe:
     max_quality_drop: float = 0.01
     score: str = "auto"
     sink: int = 1
-    window: int = 16
+    window: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,7 +78,7 @@ class Recipe:
             raise OptionError(f"score is '{self.score}'; expected 'auto' or one of {', '.join(TARGETS)}")
         if not 0 <= self.seed < 2**32:
             raise OptionError(f"seed is {self.seed}; expected a whole number from 0 to 4294967295")
-        if self.sink < 0 or self.window < 1:
+        if self.sink < 0 or (self.window is not None and self.window < 1):
             raise OptionError(f"sink is {self.sink} and window {self.window}; expected sink >= 0 and window >= 1")
 
 
@@ -83,6 +87,7 @@ class Calibration:
     """The result: a probe for one layer, the chosen keep ratio, and what was measured on the way (for the report).
 
     score: the sensitivity that the probe was distilled from. example: a held-out item and its tokens' scores.
+    auto: the share of the score mass that keeps the contract, if any.
     """
 
     layer: int
@@ -93,6 +98,7 @@ class Calibration:
     metric: str
     met: bool
     example: tuple[Item, Array]
+    auto: Auto | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -109,7 +115,12 @@ class Trial:
     @property
     def name(self) -> str:
         """Tells it from others in what is remembered of measurements."""
-        return f"{self.kind} from {self.score}, span {self.probe.span.shape[2]}"
+        return f"{self.kind} from {self.score}, span {self.span}"
+
+    @property
+    def span(self) -> int:
+        """Tokens that a score is summed over."""
+        return int(self.probe.span.shape[2])
 
 
 class Calibrator:
@@ -118,6 +129,7 @@ class Calibrator:
     def __init__(self, decoder: Decoder, items: Sequence[Item], recipe: Recipe, progress: Progress) -> None:
         self.decoder, self.recipe, self.progress = decoder, recipe, progress
         self.layers = len(decoder.layers)
+        self.window = WINDOW if recipe.window is None else recipe.window
         self.candidates = self._candidates()
         self.training, self.held = split(items, recipe.seed)
         self.seconds: dict[str, float] = {}
@@ -158,11 +170,12 @@ class Calibrator:
 
     def _observe(self, items: Sequence[Item], label: str, published: bool = False) -> list[Observation]:
         with self._timed("observe"):
-            window = self.recipe.window
             count = len(items)
-            return observe(
-                self.decoder, items, self.candidates, window, lambda n: self.progress(label, n, count), published
-            )
+
+            def report(done: int) -> None:
+                self.progress(label, done, count)
+
+            return observe(self.decoder, items, self.candidates, progress=report, published=published)
 
     def _distilled(self, seen: Sequence[Observation], held: Sequence[Observation], dense: Outcome) -> Iterator[Trial]:
         """A trial for each candidate layer and sensitivity, measured."""
@@ -173,9 +186,9 @@ class Calibrator:
             for score in scores:
                 torch.manual_seed(self.recipe.seed)
                 width = seen[0].inputs[layer].states.shape[-1] // 2
-                probe = Probe(width, seen[0].window[layer].shape[0], self.recipe.window)
+                probe = Probe(width, seen[0].window[layer].shape[0], window=self.window)
                 wanted = [o.gate[layer] if score == "gate" else o.embedding for o in seen]
-                targets = [train.target(sensitivity.clone(), self.recipe.window) for sensitivity in wanted]
+                targets = [train.target(sensitivity.clone(), self.window) for sensitivity in wanted]
                 inputs = [o.inputs[layer] for o in seen]
 
                 def report(epoch: int, before: int = done) -> None:
@@ -203,7 +216,7 @@ class Calibrator:
 
     def _tuned(self, best: Trial, seen: Sequence[Observation], held: Sequence[Observation]) -> Trial:
         """The best trial's probe, tuned through soft gates."""
-        probe = Probe.from_arrays(best.probe.arrays(), self.recipe.window)
+        probe = Probe.from_arrays(best.probe.arrays(), window=self.window)
         label = f"tune probe, layer {best.layer}"
         with self._timed("tune"):
             train.tune(
@@ -224,16 +237,37 @@ class Calibrator:
         key = (name, trial.layer, keep)
         if key not in self.outcomes:
             score = SCORES["probe" if name == trial.name else name]
-            sink, window = self.recipe.sink, self.recipe.window
-
-            def choose(indices: Sequence[int]) -> list[NDArray[np.int64]]:
-                pool = [trial.evidence[i] for i in indices]
-                return [select(score(e), keep_count(e.tokens, keep, sink, window), sink, window) for e in pool]
-
-            with self._timed("measure"):
-                exact, nll = pruned_outcome(self.decoder, self.held, trial.layer, choose)
-            self.outcomes[key] = Outcome(exact.astype(np.float64), nll)
+            counts = [keep_count(e.tokens, keep, self.recipe.sink, self.window) for e in trial.evidence]
+            self.outcomes[key] = self._pruned(trial, score, counts)
         return self.outcomes[key]
+
+    def _pruned(self, trial: Trial, score: Score, counts: Sequence[int]) -> Outcome:
+        """Held-out outcome when of each item so many tokens stay."""
+        sink, window = self.recipe.sink, self.window
+
+        def choose(indices: Sequence[int]) -> list[NDArray[np.int64]]:
+            return [select(score(trial.evidence[i]), counts[i], sink, window) for i in indices]
+
+        with self._timed("measure"):
+            exact, nll = pruned_outcome(self.decoder, self.held, trial.layer, choose)
+        return Outcome(exact.astype(np.float64), nll)
+
+    def _adaptive(self, trial: Trial, dense: Outcome) -> tuple[Auto | None, list[dict[str, Any]]]:
+        """(adaptive keep that meets the contract with the fewest tokens, what each share of the mass gave)."""
+        rows, costs = [], {}
+        sizes = np.array([e.tokens for e in trial.evidence])
+        for number, mass in enumerate(MASSES):
+            scores = [SCORES["probe"](e) for e in trial.evidence]
+            counts = [mass_count(s, mass, self.recipe.sink, self.window, trial.span) for s in scores]
+            outcome = self._pruned(trial, SCORES["probe"], counts)
+            possible = bound(dense, outcome, dense.metric, self.recipe.seed)
+            ratio = float((np.array(counts) / sizes).mean())
+            rows.append(self._row(dense, outcome, ratio) | {"mass": mass, "bound": possible})
+            costs[mass] = rows[-1]["drop"], possible
+            self.progress("adaptive keep", number + 1, len(MASSES))
+        best = smallest_allowed(costs, self.recipe.max_quality_drop)
+        shortest = min(len(item.prompt) for item in (*self.training, *self.held))
+        return (None if best is None else Auto(best, shortest - 1)), rows
 
     def _drop(self, trial: Trial, keep: float, dense: Outcome) -> float:
         return drop(dense, self._measure(trial.name, trial, keep), dense.metric)
@@ -267,11 +301,12 @@ class Calibrator:
         metric = dense.metric
         outcome = self._measure(trial.name, trial, keep) if keep < 1 else dense
         curves = self._curves(trial, dense)
+        auto, adaptive = self._adaptive(trial, dense)
         shown = min(range(len(held)), key=lambda i: (not held[i].exact, abs(len(self.held[i].prompt) - 160)))
         example = (self.held[shown], SCORES["probe"](trial.evidence[shown]).astype(np.float64))
         # Where the contract failed and the bundle is dense, the least loss that was measured tells by how much.
         lost = drop(dense, outcome, metric) if keep < 1 or met else min(self._drop(trial, k, dense) for k in KEEPS)
-        result = Calibration(trial.layer, trial.probe, trial.score, keep, lost, metric, met, example)
+        result = Calibration(trial.layer, trial.probe, trial.score, keep, lost, metric, met, example, auto)
         low, high = interval(dense, outcome, metric, self.recipe.seed)
         lengths = sorted(len(item.prompt) for item in self.training)
         probes = [key for key in self.outcomes if key[0] not in SCORES]
@@ -295,6 +330,7 @@ class Calibrator:
             | {"layer": trial.layer, "interval": [low, high], "bound": bound(dense, outcome, metric, self.recipe.seed)},
             "met": met,
             "curves": curves,
+            "adaptive": {"chosen": None if auto is None else asdict(auto), "rows": adaptive},
             "sensitivity_by_layer": self._by_layer(seen),
             "seconds": self.seconds,
         }

@@ -54,7 +54,7 @@ def export(
     score: str,
     seed: int,
     sink: int,
-    window: int,
+    window: int | None,
     revision: str | None,
     force: bool,
     json: bool,

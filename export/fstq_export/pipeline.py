@@ -25,7 +25,7 @@ from fstq_export.source import Source
 from fstq_infer.bundle import BundleWriter, Contract, GenerationDefaults, Manifest, ModelInfo, Provenance, Pruning
 from fstq_infer.errors import ExportError, OptionError
 from fstq_infer.fisher.items import Item
-from fstq_infer.fisher.probe import Probe
+from fstq_infer.fisher.probe import QUERIES, Probe
 from fstq_infer.fisher.select import keep_count, select
 from fstq_infer.machine import peak_rss
 from fstq_infer.runtime.chat import ChatTemplate
@@ -178,7 +178,8 @@ class Export:
         if calibration is not None:
             if not calibration.met and recipe.prune_layer is None and recipe.keep is None:
                 return []
-            return [PruneStage(Stage(calibration.layer, recipe.sink, recipe.window), calibration.probe.arrays())]
+            probe = calibration.probe
+            return [PruneStage(Stage(calibration.layer, recipe.sink, probe.window), probe.arrays(), probe.queries)]
         if recipe.prune_layer is None:
             if recipe.keep is not None and recipe.keep < 1:
                 raise OptionError(
@@ -193,14 +194,16 @@ class Export:
             )
         config = model.config
         torch.manual_seed(recipe.seed)
-        probe = Probe.untrained(config.hidden_size, config.num_attention_heads, recipe.window)
-        return [PruneStage(Stage(recipe.prune_layer, recipe.sink, recipe.window), probe.arrays())]
+        # Nothing is known of how the question is put, so all that the probe reads of it stays, unless told otherwise.
+        window = QUERIES if recipe.window is None else recipe.window
+        probe = Probe.untrained(config.hidden_size, config.num_attention_heads, window=window)
+        return [PruneStage(Stage(recipe.prune_layer, recipe.sink, window), probe.arrays())]
 
     def _verify(
         self, model: Source, folder: Path, stages: Sequence[PruneStage], held: Sequence[Item], tokens: Any
     ) -> verify.Verification:
         config = model.config
-        probes = [Probe.from_arrays(s.probe, s.stage.window) for s in stages]
+        probes = [Probe.from_arrays(s.probe, s.queries, s.stage.window) for s in stages]
         with reference(model) as frozen:
             return verify.verify(
                 folder,
@@ -269,12 +272,8 @@ class Export:
     def _example(self, tokens: Any, calibration: Calibration) -> dict[str, Any]:
         """A held-out prompt with scores and what stays at 25 %, for the heat map."""
         item, scores = calibration.example
-        recipe, keep = self.request.recipe, 0.25
-        kept = set(
-            select(
-                scores, keep_count(len(scores), keep, recipe.sink, recipe.window), recipe.sink, recipe.window
-            ).tolist()
-        )
+        keep, sink, window = 0.25, self.request.recipe.sink, calibration.probe.window
+        kept = set(select(scores, keep_count(len(scores), keep, sink, window), sink, window).tolist())
         return {
             "tokens": _pieces(tokens, item.prompt),
             "scores": [float(s) for s in scores],
@@ -313,6 +312,7 @@ class Export:
                 calibration.score if calibration else "window",
                 calibration is not None,
                 contract,
+                calibration.auto if calibration is not None and stages else None,
             ),
             generation=generation,
             provenance=Provenance(

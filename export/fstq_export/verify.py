@@ -198,15 +198,15 @@ class _Pruned:
 
     def _scores(self, number: int, seen: Seen, row: int, columns: Int64) -> NDArray[np.float32]:
         """The probe's scores of one row's tokens; ``columns`` are those that are still there."""
-        stage = self.stages[number]
+        stage, probe = self.stages[number], self.probes[number]
         x = ProbeInput.of(
             seen.hidden[stage.layer][row : row + 1, columns],
             seen.hidden[0][row : row + 1, columns],
-            seen.attention[stage.layer - 1][row : row + 1, :, columns[-stage.window :]][..., columns],
+            seen.attention[stage.layer - 1][row : row + 1, :, columns[-probe.queries :]][..., columns],
             torch.from_numpy(self.text.ids[row : row + 1, columns]),
             torch.ones(1, len(columns), dtype=torch.bool),
         )
-        return np.asarray(self.probes[number](x)[0].numpy(), np.float32)
+        return np.asarray(probe(x)[0].numpy(), np.float32)
 
     def _same(self, number: int, row: int, columns: Int64, scores: NDArray[np.float32], theirs: Int64) -> bool:
         """Whether both kept the same; other choices are forgiven only between scores level within the tolerance."""

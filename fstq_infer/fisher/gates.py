@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from fstq_infer.fisher.hooks import Call, Decoder, Heads, Seen, heads, key_bias, watch
 from fstq_infer.fisher.items import Batch, Item, batches
-from fstq_infer.fisher.probe import ProbeInput
+from fstq_infer.fisher.probe import QUERIES, ProbeInput
 from fstq_infer.fisher.scores import Array, Evidence, expected_attention
 
 ANSWER_TOP = 64
@@ -33,7 +33,7 @@ class Observation:
     """One item as seen by the dense model. S counts prompt tokens, A answer tokens.
 
     gate: (L, S) for prune layers 0..L-1; row 0 gates all layers. embedding: (S,). inputs: prune layer -> features.
-    window: prune layer -> (H, W, S) attention of the last W queries in the layer before, half precision.
+    window: prune layer -> (H, Q, S) attention of the last Q queries in the layer before, half precision.
     likely, weight: (A, K) ids and probabilities of the dense model's K most likely tokens at each answer position.
     exact: whether the dense model's greedy answer is the label. nll: its mean negative log-likelihood, nats per token.
     own, key_norm, expected: prune layer -> as in :class:`Evidence`; surprise: (S,). For published scorers, where asked.
@@ -109,7 +109,7 @@ def observe(
     decoder: Decoder,
     items: Sequence[Item],
     layers: Sequence[int],
-    window: int,
+    queries: int = QUERIES,
     progress: Callable[[int], None] | None = None,
     published: bool = False,
 ) -> list[Observation]:
@@ -120,7 +120,8 @@ def observe(
     found: list[Observation | None] = [None] * len(items)
     done = 0
     for indices, batch in batches(items):
-        for index, observation in zip(indices, _observe(decoder, batch, tuple(layers), window, published), strict=True):
+        observed = _observe(decoder, batch, tuple(layers), queries, published)
+        for index, observation in zip(indices, observed, strict=True):
             found[index] = observation
         done += len(indices)
         if progress:
@@ -129,7 +130,7 @@ def observe(
 
 
 def _observe(
-    decoder: Decoder, batch: Batch, layers: tuple[int, ...], window: int, published: bool
+    decoder: Decoder, batch: Batch, layers: tuple[int, ...], queries: int, published: bool
 ) -> list[Observation]:
     rows, prompt = len(batch.ids), batch.prompt
     gates = [torch.zeros(rows, prompt, requires_grad=True) for _ in decoder.layers]
@@ -143,7 +144,7 @@ def _observe(
             hidden=(0, *layers),
             attention=(*(p - 1 for p in layers), *own),
             calls=own,
-            queries=slice(max(0, prompt - window), prompt),
+            queries=slice(max(0, prompt - queries), prompt),
             before={0: _keep_gradient},
         ) as seen,
     ):
@@ -163,7 +164,7 @@ def _observe(
     out = []
     for row in range(rows):
         v, a = batch.prompt_valid[row], batch.answer_mask[row]
-        shown = min(window, int(v.sum()))
+        shown = min(queries, int(v.sum()))
         out.append(
             Observation(
                 gate=gate[:, row, v],

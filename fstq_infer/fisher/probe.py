@@ -1,6 +1,6 @@
 """The probe: a tiny head that predicts token sensitivity at inference, where there is no gradient.
 
-Query-aware: token-level matches between the last W positions and every token, from RMS-normed layer inputs and
+Query-aware: token-level matches between the last Q positions and every token, from RMS-normed layer inputs and
 embeddings; linear features, log window attention and lexical overlap; three 1-D convolutions, because words span
 tokens; and a sum over ``span`` neighbours, because half a sentence is of little use. 54k parameters at width 64,
 0.39 M at 896; the exported graph computes the same (fstq_export.passes.probe).
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+QUERIES = 16  # so many last tokens are read as the question
 EPSILON = 1e-6
 NEGATIVE = -1e4
 
@@ -26,7 +27,7 @@ class ProbeInput:
     """Features of a left-padded batch of prompts at one prune layer.
 
     states: (B, S, 2D) RMS-normed layer input and embedding. side: (B, 2H + 3, S) log window attention (mean and max
-    over the last W queries) and lexical overlap. valid: (B, S) bool.
+    over the last Q queries) and lexical overlap. valid: (B, S) bool.
     """
 
     states: torch.Tensor
@@ -42,14 +43,14 @@ class ProbeInput:
         ids: torch.Tensor,
         valid: torch.Tensor,
     ) -> ProbeInput:
-        """hidden, embedded: (B, S, D); attention: (B, H, min(W, S), S) of the last queries; ids, valid: (B, S)."""
+        """hidden, embedded: (B, S, D); attention: (B, H, min(Q, S), S) of the last queries; ids, valid: (B, S)."""
         width = hidden.shape[-1]
         states = torch.cat([functional.rms_norm(x.float(), (width,), eps=EPSILON) for x in (hidden, embedded)], -1)
-        window = attention.shape[2]
-        rows = valid[:, -window:].float()[:, None, :, None]
+        queries = attention.shape[2]
+        rows = valid[:, -queries:].float()[:, None, :, None]
         seen = attention.float() * rows
         mean = seen.sum(2) / rows.sum(2)
-        side = torch.cat([(mean + EPSILON).log(), (seen.amax(2) + EPSILON).log(), lexical(ids, valid, window)], 1)
+        side = torch.cat([(mean + EPSILON).log(), (seen.amax(2) + EPSILON).log(), lexical(ids, valid, queries)], 1)
         return cls(states, side, valid)
 
     def row(self, index: int) -> ProbeInput:
@@ -69,11 +70,11 @@ class ProbeInput:
         )
 
 
-def lexical(ids: torch.Tensor, valid: torch.Tensor, window: int) -> torch.Tensor:
-    """(B, 3, S): whether the last ``window`` tokens hold this token (over its count in the prompt), bigram, trigram."""
+def lexical(ids: torch.Tensor, valid: torch.Tensor, queries: int) -> torch.Tensor:
+    """(B, 3, S): whether the last tokens hold this token (over its count in the prompt), this bigram, this trigram."""
     real = valid.float()
-    uni = (ids[:, -window:, None] == ids[:, None, :]).float() * real[:, -window:, None] * real[:, None, :]
-    uni[:, :, max(0, ids.shape[1] - window) :] = 0
+    uni = (ids[:, -queries:, None] == ids[:, None, :]).float() * real[:, -queries:, None] * real[:, None, :]
+    uni[:, :, max(0, ids.shape[1] - queries) :] = 0
     bi = uni * functional.pad(uni, (1, 0, 1, 0))[:, :-1, :-1]
     tri = bi * functional.pad(bi, (1, 0, 1, 0))[:, :-1, :-1]
     count = ((ids[:, :, None] == ids[:, None, :]).float() * real[:, None, :]).sum(2).clamp(min=1)
@@ -83,6 +84,7 @@ def lexical(ids: torch.Tensor, valid: torch.Tensor, window: int) -> torch.Tensor
 class Probe(nn.Module):
     """Scores (B, S) of a :class:`ProbeInput`; higher matters more. ``heads`` matches of width ``rank``.
 
+    queries: so many last tokens are read as the question. window: so many last ones stay anyway; default: the same.
     span: odd; where it is above 1, a token's score is the sum over that many tokens around it of what their scores are
     above the prompt's mean; the window's and those beyond an end count as average. Whole phrases stay or go. It is set
     after distillation: a probe that is trained through the sum learns to undo it.
@@ -94,14 +96,16 @@ class Probe(nn.Module):
         self,
         width: int,
         attention_heads: int,
-        window: int = 16,
+        queries: int = QUERIES,
+        window: int | None = None,
         rank: int = 24,
         heads: int = 4,
         linear: int = 8,
         span: int = 1,
     ) -> None:
         super().__init__()
-        self.window, self.heads, self.rank = window, heads, rank
+        self.queries, self.window = queries, queries if window is None else window
+        self.heads, self.rank = heads, rank
         features = 2 * heads + linear + 2 * attention_heads + 3
         self.query = nn.Linear(2 * width, heads * rank)
         self.key = nn.Linear(2 * width, heads * rank)
@@ -115,9 +119,9 @@ class Probe(nn.Module):
         self.register_buffer("span", torch.ones(1, 1, span))
 
     @classmethod
-    def untrained(cls, width: int, attention_heads: int, window: int = 16) -> Probe:
+    def untrained(cls, width: int, attention_heads: int, queries: int = QUERIES, window: int | None = None) -> Probe:
         """Without calibration data: scores are the mean log window attention (SnapKV's signal), training-free."""
-        probe = cls(width, attention_heads, window)
+        probe = cls(width, attention_heads, queries, window)
         with torch.no_grad():
             for parameter in probe.conv3.parameters():
                 parameter.zero_()
@@ -126,12 +130,15 @@ class Probe(nn.Module):
         return probe
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[np.float32]], window: int = 16) -> Probe:
+    def from_arrays(
+        cls, arrays: Mapping[str, NDArray[np.float32]], queries: int = QUERIES, window: int | None = None
+    ) -> Probe:
         """The probe that :meth:`arrays` was taken from."""
         heads, rank, width = arrays["query.weight"].shape
         linear = arrays["linear.weight"].shape[0]
         attention_heads = (arrays["conv1.weight"].shape[1] - 2 * heads - linear - 3) // 2
-        probe = cls(width // 2, attention_heads, window, rank, heads, linear, arrays["span"].shape[2])
+        span = arrays["span"].shape[2]
+        probe = cls(width // 2, attention_heads, queries, window, rank, heads, linear, span)
         flat = {
             name: torch.from_numpy(np.ascontiguousarray(a)).reshape(probe.state_dict()[name].shape)
             for name, a in arrays.items()
@@ -141,8 +148,8 @@ class Probe(nn.Module):
 
     def forward(self, x: ProbeInput) -> torch.Tensor:
         mask = x.valid[:, None].float()
-        rows = x.valid[:, -self.window :].float()[:, None, :, None]
-        q = self.query(x.states[:, -self.window :]).unflatten(-1, (self.heads, self.rank)).transpose(1, 2)
+        rows = x.valid[:, -self.queries :].float()[:, None, :, None]
+        q = self.query(x.states[:, -self.queries :]).unflatten(-1, (self.heads, self.rank)).transpose(1, 2)
         k = self.key(x.states).unflatten(-1, (self.heads, self.rank)).transpose(1, 2)
         match = q @ k.transpose(-1, -2) * self.rank**-0.5 + (rows - 1) * -NEGATIVE
         linear = self.linear(x.states).transpose(1, 2)
@@ -159,7 +166,7 @@ class Probe(nn.Module):
 
     def with_span(self, span: int) -> Probe:
         """The same probe with scores summed over ``span`` tokens."""
-        return Probe.from_arrays(self.arrays() | {"span": np.ones((1, 1, span), np.float32)}, self.window)
+        return Probe.from_arrays(self.arrays() | {"span": np.ones((1, 1, span), np.float32)}, self.queries, self.window)
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
         """A copy of the weights by name, for the graph pass; query and key as (heads, rank, 2D) and (heads, rank)."""

@@ -14,6 +14,19 @@ def keep_count(tokens: int, ratio: float, sink: int, window: int) -> int:
     return min(tokens, max(sink + window, math.ceil(ratio * tokens - 1e-9), 1))
 
 
+def mass_count(scores: NDArray[np.floating], mass: float, sink: int, window: int, scale: float = 1.0) -> int:
+    """How many tokens stay so that they hold the share ``mass`` of what the scores say matters.
+
+    The forced ones, and as few of the others as reach ``mass`` of their softmax(score / scale). scores: (S,).
+    """
+    free = scores[sink : max(sink, len(scores) - window)].astype(np.float32)
+    if not len(free):
+        return len(scores)
+    weights = np.sort(np.exp((free - free.max()) / np.float32(scale)))[::-1]
+    before = np.cumsum(weights) - weights
+    return len(scores) - len(free) + int((before < np.float32(mass) * weights.sum()).sum())
+
+
 def select(scores: NDArray[np.floating], keep: int, sink: int, window: int) -> NDArray[np.int64]:
     """Indices (keep,) that stay, ascending: first ``sink``, last ``window``, then the highest scores; ties to the left.
 

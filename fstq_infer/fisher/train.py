@@ -111,7 +111,7 @@ def gated_loss(decoder: Decoder, gates: SoftGates, observations: Sequence[Observ
         decoder,
         hidden=(0, layer),
         attention=(layer - 1,),
-        queries=slice(max(0, prompt - gates.probe.window), prompt),
+        queries=slice(max(0, prompt - gates.probe.queries), prompt),
         before={layer: gates},
     ):
         logits = run(decoder, gates.batch)

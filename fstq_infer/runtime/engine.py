@@ -62,4 +62,7 @@ class Engine(Protocol):
         """A cache without tokens for ``batch`` rows."""
 
     def forward(self, input_ids: Int64, position_ids: Int64, keep: Int64, cache: Cache) -> Step:
-        """Run one call: ids and positions (batch, sequence), keep (batch, stages); see docs/bundle-format.md."""
+        """Run one call: ids and positions (batch, sequence), keep (batch, stages); see docs/bundle-format.md.
+
+        keep: counts of tokens, or where negative shares of the score mass in millionths.
+        """

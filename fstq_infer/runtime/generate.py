@@ -77,7 +77,8 @@ class Generator:
             except (UnicodeDecodeError, PromptError, OptionError) as error:
                 _log.warning("%s cannot be used, so chat is off: %s", source, error)
         keep = manifest.pruning.keep if manifest.stages else 1.0
-        return cls(engine, tokenizer, Defaults(keep, sampling, given.eos_token_ids), template)
+        auto = manifest.pruning.auto if manifest.stages else None
+        return cls(engine, tokenizer, Defaults(keep, sampling, given.eos_token_ids, auto=auto), template)
 
     @overload
     def generate(self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Any) -> Result: ...
@@ -105,7 +106,8 @@ class Generator:
     ) -> Result | list[Result] | Stream:
         """Continue one prompt (text, or token ids), or a batch of them (a list of texts or of id lists).
 
-        keep: ratio of the prompt's tokens that stays, for the last pruning stage; or one ratio per stage.
+        keep: ratio of the prompt's tokens that stays, for the last pruning stage; or one ratio per stage; or "auto":
+        per prompt, as many as calibration found to be needed.
         max_tokens: most tokens to generate (128), fewer where the context ends. stop: texts that end the generation.
         stream: give pieces of text as they come (one prompt only). The others are those of ``Sampling``; each row of
         a batch has its own random generator from the same seed, so that it equals a single run.

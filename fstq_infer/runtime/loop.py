@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fstq_infer.runtime.engine import Engine, Step
-from fstq_infer.runtime.options import Options, keep_counts
+from fstq_infer.runtime.options import Options
 from fstq_infer.runtime.result import Clock, Result, Timings
 from fstq_infer.runtime.sampling import Floats, Sampler
 from fstq_infer.runtime.text import TextStream, Tokenizer
@@ -79,7 +79,7 @@ class Row:
 class Run:
     """One batch from its prompts to its last token; read :meth:`pieces` to the end, then the rest is valid."""
 
-    __slots__ = ("_cached", "_clock", "_engine", "_kept", "_options", "cache", "rows")
+    __slots__ = ("_cached", "_clock", "_engine", "_kept", "_options", "_single", "cache", "rows")
 
     def __init__(
         self,
@@ -100,6 +100,8 @@ class Run:
         self._clock = clock
         self._cached = cached
         self._kept: list[list[int]] = [list(kept) for _ in self.rows]
+        # Ids, positions and keep of every call with one token.
+        self._single = tuple(np.ones((len(self.rows), width), np.int64) for width in (1, 1, len(engine.stages)))
 
     def pieces(self) -> Iterator[tuple[str, ...]]:
         """For each step, the text that each row releases."""
@@ -139,7 +141,7 @@ class Run:
         for row, length in enumerate(lengths):
             ids[row, width - length :] = self.rows[row].prompt[self._cached :]
             positions[row, width - length :] = np.arange(self._cached, self._cached + length)
-        keep = np.array([keep_counts(length, self._options.ratios, stages) for length in lengths], np.int64)
+        keep = np.array([self._options.keep(length, stages) for length in lengths], np.int64)
         step = self._forward(ids, positions, keep.reshape(len(self.rows), len(stages)))
         for row, length in enumerate(lengths):
             if stages:
@@ -151,9 +153,11 @@ class Run:
         return step
 
     def _decode(self) -> Step:
-        ids = np.array([[row.history[-1]] for row in self.rows], np.int64)
-        positions = np.array([[len(row.history) - 1] for row in self.rows], np.int64)
-        return self._forward(ids, positions, np.ones((len(self.rows), len(self._engine.stages)), np.int64))
+        ids, positions, keep = self._single
+        for index, row in enumerate(self.rows):
+            ids[index, 0] = row.history[-1]
+            positions[index, 0] = len(row.history) - 1
+        return self._forward(ids, positions, keep)
 
     def _forward(self, ids: Any, positions: Any, keep: Any) -> Step:
         begin = time.perf_counter()

@@ -7,38 +7,64 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 from fstq_infer.errors import OptionError
 from fstq_infer.fisher.select import keep_count
 from fstq_infer.runtime.engine import Stage
 from fstq_infer.runtime.sampling import Sampling
 
-Keep = float | Sequence[float]
+Keep = float | Sequence[float] | Literal["auto"]
 
 MAX_TOKENS = 128
+MILLION = 1_000_000
 SAMPLING = tuple(item.name for item in fields(Sampling))
 NAMES = ("keep", "max_tokens", "stop", "stream", *SAMPLING)
 
 
 @dataclass(frozen=True, slots=True)
+class Auto:
+    """Adaptive keep: per prompt, as many tokens as hold the share ``mass`` of its score mass, 0 < mass < 1.
+
+    floor: prompts of so many tokens or fewer stay whole; calibration saw none that short.
+    """
+
+    mass: float
+    floor: int
+
+
+@dataclass(frozen=True, slots=True)
 class Defaults:
-    """What holds where a call says nothing; a bundle's manifest gives ``keep``, ``sampling`` and ``eos_ids``."""
+    """What holds where a call says nothing; a bundle's manifest gives all but ``max_tokens``.
+
+    auto: what ``keep="auto"`` means; None where calibration found nothing to meet its contract.
+    """
 
     keep: float | tuple[float, ...] = 1.0
     sampling: Sampling = field(default_factory=Sampling)
     eos_ids: tuple[int, ...] = ()
     max_tokens: int = MAX_TOKENS
+    auto: Auto | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Checked options of one call. ratios: keep ratio after each pruning stage, non-increasing, empty when dense."""
+    """Checked options of one call.
+
+    ratios: keep ratio after each pruning stage, non-increasing, empty when dense. auto: instead of them, where given.
+    """
 
     ratios: tuple[float, ...]
     max_tokens: int
     stop: tuple[str, ...]
     sampling: Sampling
+    auto: Auto | None = None
+
+    def keep(self, tokens: int, stages: Sequence[Stage]) -> list[int]:
+        """The engine's ``keep`` for a prompt of ``tokens`` > 0 new tokens."""
+        if self.auto is None:
+            return keep_counts(tokens, self.ratios, stages)
+        return [tokens if tokens <= self.auto.floor else -round(self.auto.mass * MILLION)] * len(stages)
 
 
 def parse_options(given: Mapping[str, Any], defaults: Defaults, stages: Sequence[Stage]) -> Options:
@@ -55,20 +81,27 @@ def parse_options(given: Mapping[str, Any], defaults: Defaults, stages: Sequence
     max_tokens = values.get("max_tokens", defaults.max_tokens)
     if not isinstance(max_tokens, Integral) or isinstance(max_tokens, bool) or max_tokens < 1:
         raise OptionError(f"max_tokens={max_tokens!r} is not accepted; expected a whole number >= 1")
+    keep = values.get("keep", defaults.keep)
+    auto = isinstance(keep, str) and keep == "auto"
+    if auto and stages and defaults.auto is None:
+        raise OptionError(
+            "keep='auto' needs a share of the score mass that calibration chose, and this bundle has none. Give a "
+            "ratio such as 0.5, or export the model again with --calib and a larger --max-quality-drop"
+        )
     return Options(
-        ratios=keep_ratios(values.get("keep", defaults.keep), stages),
+        ratios=keep_ratios(1.0 if auto else keep, stages),
         max_tokens=int(max_tokens),
         stop=_stop(values.get("stop", ())),
         sampling=replace(defaults.sampling, **{name: values[name] for name in SAMPLING if name in values}),
+        auto=defaults.auto if auto and stages else None,
     )
 
 
 def keep_ratios(keep: Keep, stages: Sequence[Stage]) -> tuple[float, ...]:
     """One keep ratio per stage. A single number is the last stage's; earlier stages approach it geometrically."""
     if isinstance(keep, str):
-        what = "is reserved for a later version" if keep == "auto" else "is text"
-        raise OptionError(f"keep={keep!r} {what}; expected a ratio such as 0.5, or None for the bundle's own")
-    given = tuple(keep) if isinstance(keep, Sequence) else (keep,)
+        raise OptionError(f"keep={keep!r} is text; expected a ratio such as 0.5, 'auto', or None for the bundle's own")
+    given: tuple[Any, ...] = tuple(keep) if isinstance(keep, Sequence) else (keep,)
     for ratio in given:
         if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0 < ratio <= 1:
             raise OptionError(f"keep={keep!r} is not accepted; expected ratios of the prompt's tokens, 0 < keep <= 1")

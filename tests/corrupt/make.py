@@ -70,6 +70,7 @@ def manifest() -> dict[str, Any]:
             "score": "gate",
             "calibrated": True,
             "contract": {"met": True, "metric": "accuracy", "max_drop": 0.01, "drop": -0.002},
+            "auto": {"mass": 0.9, "floor": 40},
         },
         "generation": {
             "bos_token_id": 1,

@@ -234,9 +234,12 @@ def make(name: str, folder: Path, scale: float = 1.0, **changes: Any) -> Path:
 
 
 def random_probe(config: Any, window: int, seed: int = 0, scale: float = 1.0) -> Probe:
-    """A probe with weights in every part, so that each of its features moves the scores; odd seeds give spans."""
+    """A probe with weights in every part, so that each of its features moves the scores; odd seeds give spans.
+
+    It reads three more tokens as the question than stay in any case.
+    """
     torch.manual_seed(seed)
-    probe = Probe(config.hidden_size, config.num_attention_heads, window, span=5 if seed % 2 else 1)
+    probe = Probe(config.hidden_size, config.num_attention_heads, window + 3, window, span=5 if seed % 2 else 1)
     with torch.no_grad():
         probe.skip.weight.copy_(torch.randn(probe.skip.weight.shape) * 0.3)
         for parameter in probe.parameters():
@@ -251,7 +254,8 @@ def ids(count: int, seed: int = 0, low: int = 3, high: int = VOCABULARY) -> list
 
 def prune_stages(config: Any, stages: Sequence[Stage]) -> list[PruneStage]:
     """Each stage with a random probe of its own."""
-    return [PruneStage(s, random_probe(config, s.window, seed).arrays()) for seed, s in enumerate(stages, 1)]
+    probes = [random_probe(config, s.window, seed) for seed, s in enumerate(stages, 1)]
+    return [PruneStage(s, probe.arrays(), probe.queries) for s, probe in zip(stages, probes, strict=True)]
 
 
 def exported(model: Path, out: Path, stages: Sequence[Stage], dtype: str = "float32") -> list[Probe]:
@@ -261,7 +265,7 @@ def exported(model: Path, out: Path, stages: Sequence[Stage], dtype: str = "floa
     out.mkdir(parents=True, exist_ok=True)
     with reference.quiet():
         decoder.save(decoder.build_graph(resolved, dtype, pruning), out)
-    return [Probe.from_arrays(p.probe, p.stage.window) for p in pruning]
+    return [Probe.from_arrays(p.probe, p.queries, p.stage.window) for p in pruning]
 
 
 def verified(

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 
 from fstq_infer.errors import UnsupportedModelError
 from fstq_infer.fisher.probe import Probe, ProbeInput
-from fstq_infer.fisher.select import keep_count, select
+from fstq_infer.fisher.select import keep_count, mass_count, select
 from fstq_infer.runtime.engine import Stage
 
 from . import families
@@ -590,7 +590,7 @@ def torch_scores(llama: Llama, probe: Probe, tokens: np.ndarray, positions: np.n
         x = ProbeInput.of(
             seen.hidden_states[STAGE.layer],
             seen.hidden_states[0],
-            seen.attentions[STAGE.layer - 1][:, :, -WINDOW:],
+            seen.attentions[STAGE.layer - 1][:, :, -probe.queries :],
             torch.from_numpy(tokens),
             valid,
         )
@@ -624,7 +624,7 @@ def test_the_untrained_probe_is_window_attention(llama: Llama, tmp_path: Path) -
     model = llama.dense()
     KeyPositions(FULL)(model)
     probe = Probe.untrained(families.WIDTH, families.HEADS, WINDOW)
-    TokenPruning([PruneStage(STAGE, probe.arrays())], FULL)(model)
+    TokenPruning([PruneStage(STAGE, probe.arrays(), probe.queries)], FULL)(model)
     tokens, positions = batch([ids(40, 9)])
     found = Runner(model, tmp_path)(input_ids=tokens, position_ids=positions, keep=keep_of([20]))
     wanted = select(torch_scores(llama, probe, tokens, positions)[0], 20, STAGE.sink, WINDOW)
@@ -642,7 +642,7 @@ def chooser(sink: int, window: int) -> ort.InferenceSession:
     emit = Emit(graph, "fstq/test")
     valid = emit("GreaterOrEqual", positions, emit.ints(0))
     tokens = Tokens(positions, positions, valid, scores, scores)
-    columns, counts = pruning._choose(emit, scores, tokens, keep, Stage(1, sink, window))
+    columns, counts = pruning._choose(emit, scores, tokens, keep, Stage(1, sink, window), SCALE)
     graph.extend(emit.nodes)
     for value, kind in ((columns, ir.DataType.INT64), (counts, ir.DataType.BOOL)):
         value.dtype = kind
@@ -652,7 +652,7 @@ def chooser(sink: int, window: int) -> ort.InferenceSession:
     )
 
 
-FORCED = ((0, 1), (1, 4), (3, 2))
+FORCED, SCALE = ((0, 1), (1, 4), (3, 2)), 3.0
 
 
 @pytest.fixture(scope="module")
@@ -693,3 +693,26 @@ def test_selection_equals_select(
             len(set(columns[row].tolist())) == len(columns[row])
             and 0 <= columns[row].min() <= columns[row].max() < size
         )
+
+
+@settings(max_examples=150, deadline=None)
+@given(drawn=batches(), mass=st.floats(0.05, 0.999), seed=st.integers(0, 99))
+def test_a_share_of_the_mass_equals_mass_count(
+    choosers: dict[tuple[int, int], ort.InferenceSession],
+    drawn: tuple[tuple[int, int], np.ndarray, np.ndarray, np.ndarray],
+    mass: float,
+    seed: int,
+) -> None:
+    """A negative keep counts the tokens of its row itself; rows beside it may ask for a number."""
+    forced, lengths, _, keep = drawn
+    size = int(lengths[0])
+    scores = np.random.default_rng(seed).normal(0, 4, (len(lengths), size)).astype(np.float32)
+    share = round(mass * 1_000_000)
+    wanted = [mass_count(scores[r, size - n :], share / 1e6, *forced, SCALE) for r, n in enumerate(lengths)]
+    asked = np.where(np.arange(len(lengths))[:, None] % 2 == 0, -share, keep)
+    positions = np.maximum(np.arange(size)[None] - (size - lengths[:, None]), -1)
+    columns, counts = choosers[forced].run(None, {"scores": scores, "positions": positions, "keep": asked})
+    for row, n in enumerate(lengths):
+        count = wanted[row] if row % 2 == 0 else int(keep[row, 0])
+        chosen = select(scores[row, size - n :], count, *forced) + size - n
+        np.testing.assert_array_equal(columns[row][counts[row]], chosen)

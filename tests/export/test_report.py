@@ -67,6 +67,13 @@ def full() -> Report:
             "metric": "exact match",
             "dense": {"exact": DENSE, "nll": 0.08},
             "max_quality_drop": 0.01,
+            "adaptive": {
+                "chosen": {"mass": 0.9, "floor": 59},
+                "rows": [
+                    {**point(0.6, 0.92), "mass": 0.95, "bound": 0.01},
+                    {**point(0.4, 0.918), "mass": 0.9, "bound": 0.012},
+                ],
+            },
             "candidates": [
                 {
                     "layer": layer,

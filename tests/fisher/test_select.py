@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fstq_infer.fisher.select import keep_count, max_pool, select
+from fstq_infer.fisher.select import keep_count, mass_count, max_pool, select
 
 ratios = st.floats(0, 1, exclude_min=True)
 forced = st.integers(0, 20)
@@ -85,3 +85,36 @@ def test_max_pool_is_the_naive_one(values: np.ndarray, width: int) -> None:
     pooled = max_pool(values, width)
     before, after = width // 2, math.ceil(width / 2)
     assert pooled.tolist() == [values[max(0, i - before) : i + after].max() for i in range(len(values))]
+
+
+finite = arrays.arrays(np.float32, st.integers(1, 60), elements=st.floats(-5, 5, width=32))
+
+
+@given(finite, st.floats(0.01, 0.99), forced, forced, st.sampled_from([1.0, 5.0]))
+def test_mass_count_is_the_fewest_tokens_that_hold_the_mass(
+    scores: np.ndarray, mass: float, sink: int, window: int, scale: float
+) -> None:
+    count = mass_count(scores, mass, sink, window, scale)
+    free = scores[sink : max(sink, len(scores) - window)].astype(float)
+    kept = count - (len(scores) - len(free))
+    assert 0 <= kept <= len(free) and (kept >= 1) == (len(free) > 0)
+    if len(free):
+        weights = np.sort(np.exp(free / scale))[::-1] / np.exp(free / scale).sum()
+        assert weights[:kept].sum() >= mass - 1e-5
+        assert weights[: kept - 1].sum() < mass + 1e-5
+
+
+@given(finite, st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+def test_mass_count_rises_with_the_mass_and_ignores_a_shift(scores: np.ndarray, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    assert mass_count(scores, low, 1, 2) <= mass_count(scores, high, 1, 2)
+    level = np.zeros(40, np.float32)
+    assert mass_count(level, 0.5, 0, 0) == mass_count(level + 7, 0.5, 0, 0) == 20
+
+
+def test_mass_count_follows_how_sharp_the_scores_are() -> None:
+    """One token that stands out is enough; level scores need their share of all."""
+    sharp = np.zeros(100, np.float32)
+    sharp[30] = 20
+    assert mass_count(sharp, 0.9, 1, 4) == 6
+    assert mass_count(np.zeros(100, np.float32), 0.9, 1, 4) == 5 + 86

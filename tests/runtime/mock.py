@@ -7,6 +7,7 @@ same model without engine, cache, batch or padding.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ class ToyEngine:
             kept.append([[c + width - real for c in columns] for columns in answer[1]])
         padded = []
         for stage in range(len(self.stages)):
-            size = int(keep[:, stage].max())
+            size = max(len(row[stage]) for row in kept)
             padded.append(np.array([[-1] * (size - len(row[stage])) + row[stage] for row in kept], np.int64))
         return Step(np.stack(logits), tuple(padded), ToyCache(tuple(rows)))
 
@@ -168,6 +169,8 @@ class ToyEngine:
         columns = list(range(real))
         groups, kept = [seen[0] + tuple(fed)], []
         for group, (stage, count) in enumerate(zip(self.stages, keep, strict=True), start=1):
+            if count < 0:  # the toy's score mass is the same for every token
+                count = min(len(columns), max(stage.sink + stage.window, math.ceil(-int(count) / 1e6 * real)))
             assert min(real, stage.sink + stage.window) <= count <= len(columns), "keep must be raised by the caller"
             columns = prune(fed, columns, int(count), stage)
             assert len(columns) == count

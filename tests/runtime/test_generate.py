@@ -13,7 +13,7 @@ from fstq_infer.errors import OptionError, PromptError
 from fstq_infer.runtime.chat import ChatTemplate
 from fstq_infer.runtime.engine import Stage
 from fstq_infer.runtime.generate import Generator
-from fstq_infer.runtime.options import Defaults, keep_counts, keep_ratios
+from fstq_infer.runtime.options import Auto, Defaults, keep_counts, keep_ratios
 from fstq_infer.runtime.result import Stream
 from fstq_infer.runtime.sampling import Sampler, Sampling
 
@@ -88,6 +88,28 @@ def test_batches_equal_single_runs(stages: tuple[Stage, ...], seed: int | None) 
             assert getattr(single, name) == getattr(row, name)
     assert len({len(row.tokens) for row in batch}) > 1
     assert "eos" in {row.finish for row in batch}
+
+
+@pytest.mark.parametrize("stages", [ONE, TWO], ids=["one", "two"])
+def test_adaptive_keep_asks_for_a_share_of_the_mass_and_leaves_short_prompts_whole(stages: tuple[Stage, ...]) -> None:
+    """The toy's tokens all weigh the same, so the share of the mass is a keep ratio of every stage."""
+    lengths = [len(TOKENIZER.encode(prompt)) for prompt in PROMPTS]
+    floor = sorted(lengths)[1]
+    runtime = generator(stages, auto=Auto(0.6, floor))
+    batch = runtime.generate(PROMPTS, keep="auto", max_tokens=6)
+    for prompt, length, row in zip(PROMPTS, lengths, batch, strict=True):
+        single = runtime.generate(prompt, keep="auto", max_tokens=6)
+        assert (single.tokens, single.kept) == (row.tokens, row.kept)
+        same = runtime.generate(prompt, keep=1.0 if length <= floor else (0.6,) * len(stages), max_tokens=6)
+        assert (same.tokens, same.kept) == (row.tokens, row.kept)
+    assert any(len(row.kept) < length for row, length in zip(batch, lengths, strict=True))
+    by_default = generator(stages, keep="auto", auto=Auto(0.6, floor)).generate(PROMPTS, max_tokens=6)
+    assert [row.kept for row in by_default] == [row.kept for row in batch]
+
+
+def test_adaptive_keep_without_a_stage_is_dense() -> None:
+    runtime = generator()
+    assert runtime.generate(PROMPT, keep="auto", max_tokens=4).tokens == runtime.generate(PROMPT, max_tokens=4).tokens
 
 
 def test_a_row_at_the_end_of_the_context_does_not_stop_the_others() -> None:
@@ -281,7 +303,7 @@ def test_prompts_that_are_none(prompt: object) -> None:
         ({"stop": 3}, "stop=3"),
         ({"temperature": -1}, "temperature=-1"),
         ({"top_p": 2}, "top_p=2"),
-        ({"keep": "auto"}, "keep='auto' is reserved"),
+        ({"keep": "auto"}, "keep='auto' needs a share of the score mass"),
         ({"keep": "0.5"}, "keep='0.5' is text"),
         ({"keep": 0}, "keep=0"),
         ({"keep": 1.1}, "keep=1.1"),

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +27,7 @@ from fstq_infer.runtime.result import Result
 
 MODEL = Path(__file__).parent / "model"
 ITEMS, LENGTHS, LAYER = 600, (150, 500), 2  # questions to calibrate with, over contexts of so many tokens
-KEEPS = (1.0, 0.5, 0.25)
+KEEPS: tuple[float | Literal["auto"], ...] = (1.0, 0.5, 0.25)
 BUNDLE = "model.bundle"
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
@@ -36,7 +37,7 @@ out = Console(highlight=False, markup=False, soft_wrap=True)
 class Answers:
     """What one keep ratio gave: share of exact answers, median seconds, mean share of prompt tokens kept."""
 
-    keep: float
+    keep: float | Literal["auto"]
     exact: float
     prefill_s: float
     total_s: float
@@ -79,14 +80,16 @@ def demo(*, out: Path, model: str | None, calib: Path | None, questions: int, th
         done = export(Request(model or str(MODEL), out / BUNDLE, recipe, training, overwrite=True), progress)
     generator = Generator.load(done.path, threads=threads)
     asked = [(e.prompt, e.answer) for e in examples if e.answer is not None]
-    keeps = KEEPS if generator.engine.stages else (1.0,)
+    keeps = KEEPS if generator.engine.stages else KEEPS[:1]
+    if generator.defaults.auto is not None:
+        keeps = (*keeps, "auto")
     rows = answer(generator, asked, keeps)
     show(done, generator, asked, rows)
 
 
-def answer(generator: Generator, asked: Sequence[tuple[str, str]], keeps: Sequence[float]) -> list[Answers]:
+def answer(generator: Generator, asked: Sequence[tuple[str, str]], keeps: Sequence[Any]) -> list[Answers]:
     """All questions at every keep ratio, interleaved, through the engine."""
-    results: dict[float, list[tuple[bool, Result]]] = {keep: [] for keep in keeps}
+    results: dict[Any, list[tuple[bool, Result]]] = {keep: [] for keep in keeps}
     for prompt, wanted in asked:
         for keep in keeps:
             result = generator.generate(prompt, keep=keep, max_tokens=room(generator, wanted))
@@ -121,14 +124,14 @@ def show(done: Done, generator: Generator, asked: Sequence[tuple[str, str]], row
     right = (qa for qa, result in zip(stated, dense, strict=True) if is_exact(result, qa[1]))
     prompt, wanted = next(right, asked[0])
     result = generator.generate(prompt, keep=keep, max_tokens=room(generator, wanted), stop=["\n"])
-    out.rule(f"a question that the dense model answers, keep {keep:.0%}: dropped tokens are struck out")
+    out.rule(f"a question that the dense model answers, keep {keep}: dropped tokens are struck out")
     out.print(kept_text(generator, result))
     out.print(f"answer: {result.text.strip()}    expected: {wanted.strip()}")
     table = Table(title=f"{len(asked)} unseen questions through the engine")
     for name in ("keep", "prompt kept", "exact answers", "prefill ms", "total ms", "prefill speed-up"):
         table.add_column(name, justify="right")
     for row in rows:
-        name = "dense" if row.keep == 1 else f"{row.keep:.0%}"
+        name = "dense" if row.keep == 1 else row.keep if isinstance(row.keep, str) else f"{row.keep:.0%}"
         table.add_row(
             name,
             f"{row.kept:.0%}",

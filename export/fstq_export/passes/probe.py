@@ -30,8 +30,8 @@ class Tokens:
     embedded: ir.Value
 
 
-def window_attention(emit: Emit, attention: ir.Node, tokens: Tokens, window: int, sliding: int | None) -> ir.Value:
-    """(B, H, W, S) weights of the last W queries over the current tokens.
+def window_attention(emit: Emit, attention: ir.Node, tokens: Tokens, queries: int, sliding: int | None) -> ir.Value:
+    """(B, H, Q, S) weights of the last Q queries over the current tokens.
 
     From the inputs of an Attention node, (B, S, heads * d) each. sliding: the layer's sliding window, or None.
     """
@@ -46,7 +46,7 @@ def window_attention(emit: Emit, attention: ir.Node, tokens: Tokens, window: int
     heads, groups = attributes["q_num_heads"].as_int(), attributes["kv_num_heads"].as_int()
     scale = attributes["scale"].as_float() if "scale" in attributes else width**-0.5
     query, key = _float(emit, query), _float(emit, key)
-    q = emit("Slice", query, emit.ints(-window), emit.ints(2**62), emit.ints(1))
+    q = emit("Slice", query, emit.ints(-queries), emit.ints(2**62), emit.ints(1))
     q = emit("Reshape", q, emit.ints(0, -1, groups, heads // groups, width))
     q = emit("Transpose", q, perm=[0, 2, 3, 1, 4])
     q = emit("Reshape", q, emit.ints(0, groups, -1, width))
@@ -55,7 +55,7 @@ def window_attention(emit: Emit, attention: ir.Node, tokens: Tokens, window: int
     if "softcap" in attributes and (cap := attributes["softcap"].as_float()):
         capped = emit("Tanh", emit("Div", logits, emit.const(np.array(cap, np.float32))))
         logits = emit("Mul", capped, emit.const(np.array(cap, np.float32)))
-    last = emit("Slice", tokens.positions, emit.ints(-window), emit.ints(2**62), emit.ints(1))
+    last = emit("Slice", tokens.positions, emit.ints(-queries), emit.ints(2**62), emit.ints(1))
     seen = emit("Unsqueeze", visible(emit, last, tokens.positions, sliding), emit.ints(1))
     rows = emit("Shape", last, start=1, end=2)
     columns = emit("Shape", tokens.positions, start=1, end=2)
@@ -65,19 +65,19 @@ def window_attention(emit: Emit, attention: ir.Node, tokens: Tokens, window: int
     return emit("Softmax", logits, axis=-1)
 
 
-def lexical(emit: Emit, tokens: Tokens, window: int) -> ir.Value:
-    """(B, 3, S): does the window hold this token (over its count in the prompt), this bigram, this trigram."""
+def lexical(emit: Emit, tokens: Tokens, queries: int) -> ir.Value:
+    """(B, 3, S): do the last tokens hold this token (over its count in the prompt), this bigram, this trigram."""
     # 0/1 arithmetic throughout: boolean ops of that shape are slower, and shifting is a Pad.
-    last = emit("Slice", tokens.ids, emit.ints(-window), emit.ints(2**62), emit.ints(1))
+    last = emit("Slice", tokens.ids, emit.ints(-queries), emit.ints(2**62), emit.ints(1))
     valid = _float(emit, tokens.valid)
-    last_valid = emit("Slice", valid, emit.ints(-window), emit.ints(2**62), emit.ints(1))
+    last_valid = emit("Slice", valid, emit.ints(-queries), emit.ints(2**62), emit.ints(1))
     ids_column = emit("Unsqueeze", tokens.ids, emit.ints(1))
     same = _float(emit, emit("Equal", emit("Unsqueeze", last, emit.ints(2)), ids_column))
     inside = emit("Mul", emit("Unsqueeze", last_valid, emit.ints(2)), emit("Unsqueeze", valid, emit.ints(1)))
-    uni = emit("Mul", emit("Mul", same, inside), _outside(emit, tokens, window))
+    uni = emit("Mul", emit("Mul", same, inside), _outside(emit, tokens, queries))
 
     def after(matches: ir.Value) -> ir.Value:
-        """Matches moved one on in both the window and the prompt: the predecessor pair matched too."""
+        """Matches moved one on in both the question and the prompt: the predecessor pair matched too."""
         moved = emit("Pad", matches, emit.ints(0, 1, 1, 0, 0, 0))
         return emit("Slice", moved, emit.ints(0, 0), emit.ints(-1, -1), emit.ints(1, 2))
 
@@ -90,11 +90,11 @@ def lexical(emit: Emit, tokens: Tokens, window: int) -> ir.Value:
     return emit("Concat", *(emit("Unsqueeze", f, emit.ints(1)) for f in features), axis=1)
 
 
-def _outside(emit: Emit, tokens: Tokens, window: int) -> ir.Value:
-    """(S,) 1 for the columns before the window, else 0."""
+def _outside(emit: Emit, tokens: Tokens, last: int) -> ir.Value:
+    """(S,) 1 for the columns before the last ``last``, else 0."""
     size = emit("Shape", tokens.ids, start=1, end=2)
     column = emit("Range", emit("Squeeze", emit.ints(0)), emit("Squeeze", size), emit("Squeeze", emit.ints(1)))
-    return _float(emit, emit("Less", column, emit("Sub", size, emit.ints(window))))
+    return _float(emit, emit("Less", column, emit("Sub", size, emit.ints(last))))
 
 
 def _amax(emit: Emit, x: ir.Value) -> ir.Value:
@@ -115,10 +115,11 @@ def probe_scores(
     weights: Mapping[str, NDArray[np.float32]],
     tokens: Tokens,
     attention: ir.Node,
+    queries: int,
     window: int,
     sliding: int | None,
 ) -> ir.Value:
-    """(B, S) float32 scores of the current tokens. ``weights`` is ``Probe.arrays()``."""
+    """(B, S) float32 scores of the current tokens. weights: ``Probe.arrays()``; queries, window: the probe's."""
 
     def weight(name: str) -> ir.Value:
         return emit.weight(f"{prefix}.{name}", weights[name])
@@ -127,7 +128,7 @@ def probe_scores(
     width = double // 2
     x = emit("Concat", _rms(emit, tokens.hidden, width), _rms(emit, tokens.embedded, width), axis=-1)
     valid = _float(emit, tokens.valid)
-    row_valid = emit("Slice", valid, emit.ints(-window), emit.ints(2**62), emit.ints(1))
+    row_valid = emit("Slice", valid, emit.ints(-queries), emit.ints(2**62), emit.ints(1))
 
     def project(name: str, states: ir.Value) -> ir.Value:
         """(B, n, 2D) -> (B, heads, n, rank)."""
@@ -136,7 +137,7 @@ def probe_scores(
         flat = emit("Add", emit("MatMul", states, emit.weight(f"{prefix}.{name}.matrix", matrix)), bias)
         return emit("Transpose", emit("Reshape", flat, emit.ints(0, -1, heads, rank)), perm=[0, 2, 1, 3])
 
-    q = project("query", emit("Slice", x, emit.ints(-window), emit.ints(2**62), emit.ints(1)))
+    q = project("query", emit("Slice", x, emit.ints(-queries), emit.ints(2**62), emit.ints(1)))
     k = project("key", x)
     match = emit("MatMul", q, emit("Transpose", k, perm=[0, 1, 3, 2]))
     match = emit("Mul", match, emit.const(np.array(rank**-0.5, np.float32)))
@@ -147,7 +148,7 @@ def probe_scores(
     total = emit("ReduceLogSumExp", emit("Sub", match, emit("Unsqueeze", best, emit.ints(2))), emit.ints(2), keepdims=0)
     matrix = emit.weight(f"{prefix}.linear.matrix", weights["linear.weight"].T.copy())
     linear = emit("Add", emit("MatMul", x, matrix), weight("linear.bias"))
-    weights_seen = emit("Mul", window_attention(emit, attention, tokens, window, sliding), rows)
+    weights_seen = emit("Mul", window_attention(emit, attention, tokens, queries, sliding), rows)
     rows_seen = emit("ReduceSum", rows, emit.ints(2), keepdims=0)
     tiny = emit.const(np.array(1e-6, np.float32))
     mean = emit("Div", emit("ReduceSum", weights_seen, emit.ints(2), keepdims=0), rows_seen)
@@ -159,7 +160,7 @@ def probe_scores(
         emit("Transpose", linear, perm=[0, 2, 1]),
         emit("Log", emit("Add", mean, tiny)),
         emit("Log", emit("Add", peak, tiny)),
-        lexical(emit, tokens, window),
+        lexical(emit, tokens, queries),
         axis=1,
     )
     mask = emit("Unsqueeze", valid, emit.ints(1))

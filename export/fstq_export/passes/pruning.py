@@ -2,7 +2,8 @@
 
 Per stage: probe scores -> sinks and window forced -> the ``keep`` best per row, ascending -> gather residual, positions
 and rotary tables -> masks and a key-value cache of their own for the layers that follow. ``keep`` is a runtime input,
-so one graph serves pruned prefill, dense operation (``keep = sequence``) and decoding (one token, ``keep = 1``).
+so one graph serves pruned prefill, dense operation (``keep = sequence``) and decoding (one token, ``keep = 1``). A
+negative one asks for a share of the score mass, in millionths, and the graph counts the tokens itself.
 """
 
 from __future__ import annotations
@@ -20,21 +21,27 @@ from fstq_export.passes.positions import attend_by_position
 from fstq_export.passes.probe import Tokens, probe_scores
 from fstq_export.passes.scope import PAST, Crossing, Emit, attention_nodes, crossing, int64, layer_of
 from fstq_infer.errors import UnsupportedModelError
+from fstq_infer.fisher.probe import QUERIES
 from fstq_infer.runtime.engine import Stage
+from fstq_infer.runtime.options import MILLION
 
+FORCED = 1e30  # the score of tokens that always stay
 _PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
 
 
 @dataclass(frozen=True, slots=True)
 class PruneStage:
-    """A stage and the probe that scores its tokens (``Probe.arrays()``)."""
+    """A stage and the probe that scores its tokens (``Probe.arrays()``), reading ``queries`` tokens as the question."""
 
     stage: Stage
     probe: Mapping[str, NDArray[np.float32]]
+    queries: int = QUERIES
 
 
-def _choose(emit: Emit, scores: ir.Value, tokens: Tokens, keep: ir.Value, stage: Stage) -> tuple[ir.Value, ir.Value]:
-    """((B, K) ascending columns that stay, (B, K) bool: counts for its row). keep: (B, 1)."""
+def _choose(
+    emit: Emit, scores: ir.Value, tokens: Tokens, keep: ir.Value, stage: Stage, scale: float
+) -> tuple[ir.Value, ir.Value]:
+    """((B, K) ascending columns that stay, (B, K) bool: counts for its row). keep: (B, 1). scale: of the scores."""
     size = emit("Shape", scores, start=1, end=2)
     zero, one = emit("Squeeze", emit.ints(0)), emit("Squeeze", emit.ints(1))
     column = emit("Range", zero, emit("Squeeze", size), one)
@@ -42,11 +49,13 @@ def _choose(emit: Emit, scores: ir.Value, tokens: Tokens, keep: ir.Value, stage:
     padding = emit("Sub", size, tokens_in_row)
     is_sink = emit("Less", column, emit("Add", padding, emit.ints(stage.sink)))
     is_window = emit("GreaterOrEqual", column, emit("Sub", size, emit.ints(max(1, stage.window))))
-    big = emit.const(np.array(1e30, np.float32))
+    big = emit.const(np.array(FORCED, np.float32))
     ranked = emit("Where", emit("Or", is_sink, is_window), big, scores)
     ranked = emit("Where", tokens.valid, ranked, emit("Neg", big))
+    values, order = emit.multi("TopK", 2, ranked, size, axis=1, largest=1, sorted=1)
+    keep = emit("Where", emit("Less", keep, emit.ints(0)), _enough(emit, values, keep, scale), keep)
     most = emit("Min", emit("Reshape", emit("ReduceMax", keep, keepdims=0), emit.ints(1)), size)
-    _, best = emit.multi("TopK", 2, ranked, most, axis=1, largest=1, sorted=1)
+    best = emit("Slice", order, emit.ints(0), most, emit.ints(1))
     rank = emit("Range", zero, emit("Squeeze", most), one)
     counts = emit("And", emit("Less", rank, keep), emit("GatherElements", tokens.valid, best, axis=1))
     # Tokens that do not count for their row go to the front: the shorter row is left-padded like any other.
@@ -54,6 +63,25 @@ def _choose(emit: Emit, scores: ir.Value, tokens: Tokens, keep: ir.Value, stage:
     key, order = emit.multi("TopK", 2, key, most, axis=1, largest=0, sorted=1)
     ascending = emit("Where", emit("Less", key, emit.ints(0)), emit("Add", key, size), key)
     return ascending, emit("GatherElements", counts, order, axis=1)
+
+
+def _enough(emit: Emit, ranked: ir.Value, keep: ir.Value, scale: float) -> ir.Value:
+    """(B, 1) counts as :func:`fstq_infer.fisher.select.mass_count` gives.
+
+    ranked: (B, S) falling scores, forced tokens first and padding last. keep: (B, 1) minus millionths of the mass.
+    """
+    zero, huge = emit.const(np.array(0, np.float32)), emit.const(np.array(FORCED / 2, np.float32))
+    forced = emit("Greater", ranked, huge)
+    free = emit("And", emit("Not", forced), emit("Greater", ranked, emit("Neg", huge)))
+    peak = emit("ReduceMax", emit("Where", free, ranked, emit("Neg", huge)), emit.ints(1))
+    shifted = emit("Div", emit("Sub", ranked, peak), emit.const(np.array(scale, np.float32)))
+    weights = emit("Where", free, emit("Exp", emit("Where", free, shifted, zero)), zero)
+    before = emit("CumSum", weights, emit("Squeeze", emit.ints(1)), exclusive=1)
+    millionths = emit("Cast", emit("Neg", keep), to=int(ir.DataType.FLOAT))
+    share = emit("Div", millionths, emit.const(np.array(MILLION, np.float32)))
+    short = emit("Less", before, emit("Mul", share, emit("ReduceSum", weights, emit.ints(1))))
+    stays = emit("Or", forced, emit("And", free, short))
+    return emit("ReduceSum", emit("Cast", stays, to=int(ir.DataType.INT64)), emit.ints(1))
 
 
 class TokenPruning(InPlacePass):
@@ -97,11 +125,13 @@ class TokenPruning(InPlacePass):
                 prune.probe,
                 tokens,
                 nodes[layer - 1],
+                prune.queries,
                 prune.stage.window,
                 self.windows[layer - 1],
             )
             own = emit("Slice", keep, emit.ints(number - 1), emit.ints(number), emit.ints(1))
-            columns, counts = _choose(emit, scores, tokens, own, prune.stage)
+            span = prune.probe["span"].shape[2]
+            columns, counts = _choose(emit, scores, tokens, own, prune.stage, span)
             minus = emit.ints(-1)
             positions = emit("Where", counts, emit("GatherElements", positions, columns, axis=1), minus)
             kept = emit("GatherElements", origin, columns, axis=1) if origin is not None else columns
