@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     if given.quality.exists():
-        rows = json.loads(given.quality.read_text(encoding="utf-8"))["rows"]
+        rows = [row for row in json.loads(given.quality.read_text(encoding="utf-8"))["rows"] if "exact" in row]
         _write(given.out / "quality.svg", on_white(quality_panels(rows)))
     else:
         print(f"skipped quality.svg: there is no {given.quality}")

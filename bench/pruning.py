@@ -11,9 +11,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from common import target, timed, write
+from fstq_export import decoder, timing
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from fstq_infer.bundle import Bundle
 
 PROMPT, NEW, LAYER = 1024, 64, 6
 
@@ -69,7 +73,12 @@ def main() -> None:
         timed([*measured, "--keep", "1.0,0.5,0.25", "--repeats", "5", "--json", str(out)])
         measured_report = json.loads(out.read_text())
         rows = measured_report["rows"]
-        dense, pruned = rows[0], rows[-1]
+        dense, pruned = rows[0], rows[2]
+        stages = Bundle.open(bundle).manifest.stages
+        prompt = np.random.default_rng(0).integers(0, 151936, PROMPT).tolist()
+        times = timing.measure(bundle, decoder.GRAPH, 0, stages, 0.25, [prompt], 151936, 32768)
+        probing = times["dense_probe_ms"] / sum(times["dense_ms"].values())
+        rows.append({"times": times})
         shutil.rmtree(bundle)
     rows.append(
         {
@@ -86,6 +95,7 @@ def main() -> None:
         rows,
         {
             "export without calibration, seconds": target(seconds, 45, at_least=False),
+            "probe and selection over dense prefill": target(probing, 0.02, at_least=False),
             "export peak RSS, GB": target(peak / 1e9, 2.5, at_least=False),
             "prefill at keep 25 % from layer L/4 over dense, fp32": target(
                 dense["prefill_s"] / pruned["prefill_s"], 2.0

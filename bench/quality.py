@@ -1,10 +1,11 @@
-"""Exact match of pruned answers, probe against published scorers, on unseen questions and over several seeds.
+"""Quality of pruned answers, probe against published scorers, on unseen questions and texts, over several seeds.
 
 python bench/quality.py --seeds 5      hours on 2 cores; writes results/quality.json
 python bench/quality.py --short        minutes: one seed, few items, the demo model; exits with 1 where a baseline wins
 
-The probe's rows are greedy text of the exported ONNX Runtime engine. Baselines prune in torch, at the same layer and
-with the same forced tokens, on the same questions (they read what a graph that prunes there does not have).
+The probe's rows come from the exported ONNX Runtime engine: greedy text for first questions, teacher-forced tokens for
+second ones (asked about a context that was pruned for the first) and for continuations. Baselines prune in torch, at
+the same layer, with the same forced tokens, on the same items; they read what a graph that prunes there does not have.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from common import RESULTS, SHARED, target, write
 from fstq_export import data, source
-from fstq_export.calibrate import Recipe
+from fstq_export.calibrate import WINDOW, Recipe
 from fstq_export.command import bars
 from fstq_export.demo import facts
 from fstq_export.demo.run import MODEL, is_exact, room
@@ -32,34 +34,89 @@ from fstq_export.reference import reference
 
 from fstq_infer import Generator
 from fstq_infer.fisher.gates import observe
+from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.prune import pruned_outcome
 from fstq_infer.fisher.scores import BASELINES, SCORES, computable
 from fstq_infer.fisher.select import keep_count, select
+from fstq_infer.runtime.options import keep_counts, keep_ratios
 
 KEEPS = (0.5, 0.25, 0.125)
-DEMO, RECALL = "demo model", "stories260k-recall"
+DEMO, SECOND, RECALL, STORIES = "demo model", "demo model, second question", "stories260k-recall", "stories260k"
 WEAK = {"recency": 0.5, "snapkv": 0.15}  # what these answer of the recall questions at keep 50 %, at most
+PROMPT, CONTINUATION = 240, 60  # tokens of a story, and of what follows
+Values = dict[tuple[int, str, float], list[float]]  # (prompt length, scorer, keep) -> one value per item
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """Items of one prompt length. bridges: texts between the prompts, which are pruned, and the answers."""
+
+    examples: Sequence[data.Example]
+    bridges: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A model, calibration data, and test questions by prompt length. wanted: least exact match over dense, by keep."""
+    """A model, calibration data, and tests by prompt length; measured as exact match or as nll (nats per token).
+
+    wanted: least exact match over dense, by keep. again: asked about contexts that were pruned for another question.
+    """
 
     name: str
     model: Path
     layer: int
     calibration: Path
-    tests: dict[int, Path]
+    tests: dict[int, Test]
     wanted: dict[float, float]
+    metric: str = "exact"
+    again: dict[int, Test] | None = None
 
 
 def questions(path: Path, split: str, lengths: Sequence[int], count: int, seed: int) -> Path:
     """Generated questions over contexts of about those lengths in tokens, as a file."""
     rng = random.Random(seed)
     items = [facts.item(rng, split, *amounts(lengths[i % len(lengths)])) for i in range(count)]
-    rows = [{"context": i.context, "question": i.question, "answer": i.answer} for i in items]
+    return save(path, [{"context": i.context, "question": i.question, "answer": i.answer} for i in items])
+
+
+def save(path: Path, rows: Sequence[dict[str, str]]) -> Path:
+    """JSON lines."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def second_questions(tokens: int, count: int, seed: int) -> Test:
+    """Contexts with two questions each: the first prunes, and with its answer is the bridge to the second."""
+    rng, examples, bridges = random.Random(seed), [], []
+    while len(examples) < count:
+        n_facts, n_fillers = amounts(tokens)
+        world = facts.World(rng, facts.LANGUAGES[rng.choice(list(facts.LANGUAGES))], "test", n_facts)
+        context = world.text(n_fillers)
+        (first, given, _), (second, answer, _) = world.questions(2)
+        examples.append(data.Example(f"{context} {first}", answer))
+        bridges.append(f"{given} {second}")
+    return Test(examples, bridges)
+
+
+@torch.no_grad()
+def stories(model: Path, path: Path, count: int, seed: int) -> Path:
+    """Texts that the model samples itself: prompts of 240 tokens and their continuations of 60."""
+    found = source.resolve(str(model), None)
+    tokens = source.tokenizer(found)
+    rows: list[dict[str, str]] = []
+    torch.manual_seed(seed)
+    with reference(found, stream=False) as decoder:
+        while len(rows) < count:
+            ids, cache = torch.full((32, 1), tokens.bos_token_id), None
+            for _ in range(PROMPT + CONTINUATION):
+                output = decoder.model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                ids = torch.cat([ids, torch.multinomial(output.logits[:, -1].softmax(-1), 1)], 1)
+            for row in ids[:, 1:].tolist():
+                cut = [tokens.decode(part).strip() for part in (row[:PROMPT], row[PROMPT:])]
+                if tokens.bos_token_id not in row and tokens.eos_token_id not in row and all(cut):
+                    rows.append({"prompt": cut[0], "answer": cut[1]})
+    return save(path, rows[:count])
 
 
 def tasks(folder: Path, seed: int, short: bool) -> list[Task]:
@@ -72,69 +129,188 @@ def tasks(folder: Path, seed: int, short: bool) -> list[Task]:
         MODEL,
         2,
         questions(folder / "demo.jsonl", "valid", calibration, count, 1000 + seed),
-        {n: questions(folder / f"demo-{n}.jsonl", "test", (n,), asked, 2000 + seed) for n in lengths},
+        {n: Test(data.read(questions(folder / f"demo-{n}.jsonl", "test", (n,), asked, 2000 + seed))) for n in lengths},
         {0.5: 0.995, 0.25: 0.99, 0.125: 0.96},
+        again=None if short else {n: second_questions(n, asked, 3000 + seed) for n in lengths},
     )
-    recall, items = SHARED / "models" / RECALL, SHARED / "data" / "recall"
+    recall, items, told = SHARED / "models" / RECALL, SHARED / "data" / "recall", SHARED / "models" / STORIES
     if short or not recall.exists():
         return [demo]
-    return [Task(RECALL, recall, 2, items / "calib.jsonl", {150: items / "val.jsonl"}, {0.5: 0.98, 0.25: 0.85}), demo]
+    validation = Test(data.read(items / "val.jsonl"))
+    return [
+        Task(RECALL, recall, 2, items / "calib.jsonl", {150: validation}, {0.5: 0.98, 0.25: 0.85}),
+        Task(
+            STORIES,
+            told,
+            2,
+            stories(told, folder / "stories.jsonl", 1200, 4000 + seed),
+            {PROMPT: Test(data.read(stories(told, folder / "told.jsonl", 200, 5000 + seed)))},
+            {},
+            "nll",
+        ),
+        demo,
+    ]
 
 
-def engine_hits(generator: Generator, examples: Sequence[data.Example], keep: float) -> list[bool]:
-    """Whether each answer is exact."""
-    hits = []
-    for example in examples:
+def engine_hits(generator: Generator, test: Test, keep: Any) -> tuple[list[float], list[float]]:
+    """(whether each answer is exact, share of each prompt that was kept)."""
+    hits, kept = [], []
+    for example in test.examples:
         wanted = str(example.answer)
         result = generator.generate(example.prompt, keep=keep, max_tokens=room(generator, wanted))
-        hits.append(is_exact(result, wanted))
-    return hits
+        hits.append(float(is_exact(result, wanted)))
+        kept.append(len(result.kept) / len(result.prompt_tokens))
+    return hits, kept
 
 
-def baseline_hits(task: Task, examples: Sequence[data.Example], recipe: Recipe) -> dict[tuple[str, float], list[bool]]:
-    """Whether each answer is exact, for every published scorer and keep ratio."""
+class Forced:
+    """One text through the engine, call by call; ``logits`` are those of its last token."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.engine, self.position = generator.engine, 0
+        self.cache = self.engine.empty_cache(1)
+        self.logits: Any = None
+
+    def feed(self, ids: Sequence[int], keep: Sequence[int]) -> None:
+        """keep: tokens of this call that stay, by stage."""
+        positions = np.arange(self.position, self.position + len(ids))[None]
+        step = self.engine.forward(np.array([ids]), positions, np.array([keep], np.int64), self.cache)
+        self.cache, self.logits, self.position = step.cache, step.logits[0], self.position + len(ids)
+
+
+def engine_forced(generator: Generator, tokens: Any, test: Test, keep: float, metric: str) -> list[float]:
+    """Exact match or nll of each answer, its tokens fed one by one after the pruned prompt and the bridge."""
+    stages, values = generator.engine.stages, []
+    for index in range(len(test.examples)):
+        item, bridge = encoded(tokens, test, index)
+        text = Forced(generator)
+        text.feed(item.prompt, keep_counts(len(item.prompt), keep_ratios(keep, stages), stages))
+        if bridge:
+            text.feed(bridge, [len(bridge)] * len(stages))
+        losses, hits = [], []
+        for token in item.answer:
+            top = text.logits.max()
+            losses.append(float(top + np.log(np.exp(text.logits - top).sum()) - text.logits[token]))
+            hits.append(int(text.logits.argmax()) == token)
+            text.feed((token,), [1] * len(stages))
+        values.append(float(all(hits)) if metric == "exact" else float(np.mean(losses)))
+    return values
+
+
+def encoded(tokens: Any, test: Test, index: int) -> tuple[Item, tuple[int, ...]]:
+    """(prompt and answer, bridge) of one item as token ids."""
+    item = data.encode(tokens, test.examples[index])
+    bridge = f" {test.bridges[index]}" if test.bridges else ""
+    return item, tuple(tokens.encode(bridge, add_special_tokens=False)) if bridge else ()
+
+
+def baselines(task: Task, test: Test, recipe: Recipe, metric: str) -> dict[tuple[str, float], list[float]]:
+    """Exact match or nll of each item, for every published scorer and keep ratio."""
     found = source.resolve(str(task.model), None)
     tokens = source.tokenizer(found)
-    items = [data.encode(tokens, example) for example in examples]
+    pairs = [encoded(tokens, test, i) for i in range(len(test.examples))]
+    whole = [Item(item.prompt + bridge, item.answer) for item, bridge in pairs]
     out = {}
     with reference(found, stream=False) as decoder:
-        seen = observe(decoder, items, (task.layer,), recipe.window, published=True)
+        seen = observe(decoder, [item for item, _ in pairs], (task.layer,), published=True)
         evidence = [o.evidence(task.layer, seed=recipe.seed * 1_000_003 + i) for i, o in enumerate(seen)]
         for name in computable(BASELINES, evidence[0]):
             scores = [SCORES[name](e) for e in evidence]
             for keep in KEEPS:
 
                 def choose(indices: Sequence[int], keep: float = keep, scores: Any = scores) -> list[Any]:
-                    sink, window = recipe.sink, recipe.window
-                    counts = {i: keep_count(len(scores[i]), keep, sink, window) for i in indices}
-                    return [select(scores[i], counts[i], sink, window) for i in indices]
+                    chosen = []
+                    for i in indices:
+                        count = keep_count(len(scores[i]), keep, recipe.sink, WINDOW)
+                        rest = np.arange(len(scores[i]), len(whole[i].prompt))
+                        chosen.append(np.append(select(scores[i], count, recipe.sink, WINDOW), rest))
+                    return chosen
 
-                out[name, keep] = pruned_outcome(decoder, items, task.layer, choose)[0].tolist()
+                exact, nll = pruned_outcome(decoder, whole, task.layer, choose)
+                out[name, keep] = (exact if metric == "exact" else nll).astype(float).tolist()
     return out
 
 
-def interval(hits: Sequence[bool]) -> tuple[float, float, float]:
-    """(mean, low, high): 95 % bootstrap interval over items."""
-    values = np.array(hits, float)
-    means = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
-    return float(values.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))
+def measure(task: Task, seed: int, folder: Path) -> dict[str, Values]:
+    """Name of the task, or of its second questions -> values; the scorer "dense" has keep 1.
 
-
-def measure(task: Task, seed: int, folder: Path) -> dict[tuple[int, str, float], list[bool]]:
-    """(length, scorer, keep) -> hits; the scorer "dense" has keep 1."""
-    recipe = Recipe(prune_layer=task.layer, keep=0.25, seed=seed)
+    "kept" holds the shares that adaptive keep came to; "fixed at that keep" keeps their mean of every prompt.
+    """
+    recipe = Recipe(prune_layer=task.layer, keep=0.25, max_quality_drop=0.02, seed=seed)
     with bars() as progress:
         done = export(Request(str(task.model), folder / "bundle", recipe, task.calibration, overwrite=True), progress)
     generator = Generator.load(done.path)
-    out = {}
-    for length, file in task.tests.items():
-        examples = data.read(file)
-        out[length, "dense", 1.0] = engine_hits(generator, examples, 1.0)
-        for keep in KEEPS:
-            out[length, "probe", keep] = engine_hits(generator, examples, keep)
-        for (name, keep), hits in baseline_hits(task, examples, recipe).items():
-            out[length, name, keep] = hits
+    tokens = source.tokenizer(source.resolve(str(task.model), None))
+    out: dict[str, Values] = {task.name: {}}
+    for length, test in task.tests.items():
+        values = out[task.name]
+        for keep in (1.0, *KEEPS):
+            name = "dense" if keep == 1 else "probe"
+            if task.metric == "exact":
+                values[length, name, keep] = engine_hits(generator, test, keep)[0]
+            else:
+                values[length, name, keep] = engine_forced(generator, tokens, test, keep, task.metric)
+        if task.metric == "exact" and generator.defaults.auto is not None:
+            values[length, "adaptive", 0.0], values[length, "kept", 0.0] = engine_hits(generator, test, "auto")
+            kept = float(np.mean(values[length, "kept", 0.0]))
+            values[length, "fixed at that keep", 0.0] = engine_hits(generator, test, kept)[0]
+        values |= {(length, *key): v for key, v in baselines(task, test, recipe, task.metric).items()}
+    for length, test in (task.again or {}).items():
+        values = out.setdefault(SECOND, {})
+        for keep in (1.0, *KEEPS):
+            name = "dense" if keep == 1 else "probe"
+            values[length, name, keep] = engine_forced(generator, tokens, test, keep, "exact")
+        values |= {(length, *key): v for key, v in baselines(task, test, recipe, "exact").items()}
     return out
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % bootstrap interval over items."""
+    found = np.array(values, float)
+    means = np.random.default_rng(0).choice(found, (2000, len(found))).mean(1)
+    return float(found.mean()), *(float(q) for q in np.quantile(means, (0.025, 0.975)))
+
+
+def rows_of(name: str, metric: str, values: Values) -> list[dict[str, Any]]:
+    """A row for every length, scorer and keep ratio."""
+    rows = []
+    for (length, scorer, keep), found in values.items():
+        if scorer == "kept":
+            continue
+        if keep == 0:
+            keep = float(np.mean(values[length, "kept", 0.0]))
+        mean, low, high = interval(found)
+        dense = float(np.mean(values[length, "dense", 1.0]))
+        row = {"model": name, "tokens": length, "scorer": scorer, "keep": keep, metric: mean, "low": low, "high": high}
+        rows.append(row | {"dense": dense, "items": len(found)})
+    return rows
+
+
+def targets_of(name: str, metric: str, wanted: dict[float, float], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was asked for, beside what was measured."""
+    found = {}
+    for row in rows:
+        keep, place = row["keep"], f"{name}, {row['tokens']} tokens, keep {row['keep']:.1%}"
+        others = [r for r in rows if (r["tokens"], r["keep"]) == (row["tokens"], keep)]
+        if row["scorer"] == "probe":
+            if keep in wanted:
+                share = row[metric] / max(row["dense"], 1e-9)
+                found[f"{place}: exact match over dense"] = target(share, wanted[keep])
+            if keep <= 0.25:
+                loss = {r["scorer"]: abs(r["dense"] - r[metric]) * lost(metric, r) for r in others}
+                best = min(v for k, v in loss.items() if k != "probe")
+                found[f"{place}: damage over the best baseline's"] = target(loss["probe"] / max(best, 1e-9), 0.6, False)
+        if row["scorer"] == "adaptive":
+            fixed = next(r for r in others if r["scorer"] == "fixed at that keep")
+            found[f"{place}: adaptive minus fixed keep, exact match"] = target(row[metric] - fixed[metric], 0.0)
+        if name == RECALL and keep == 0.5 and row["scorer"] in WEAK:
+            found[f"{name}, {row['scorer']} at keep 50 %"] = target(row[metric], WEAK[row["scorer"]], at_least=False)
+    return found
+
+
+def lost(metric: str, row: dict[str, Any]) -> int:
+    """1 where a row is worse than dense, -1 where it is better."""
+    return 1 if (row[metric] < row["dense"]) == (metric == "exact") else -1
 
 
 def main() -> None:
@@ -144,47 +320,37 @@ def main() -> None:
     parser.add_argument("--only", help="a task's name")
     arguments = parser.parse_args()
     seeds = 1 if arguments.short else arguments.seeds
-    hits: dict[tuple[str, int, str, float], list[bool]] = {}
-    wanted: dict[str, dict[float, float]] = {}
+    values: dict[str, Values] = {}
+    kinds: dict[str, Task] = {}
     for seed in range(seeds):
         with tempfile.TemporaryDirectory(prefix="fstq-bench-") as scratch:
             for task in tasks(Path(scratch), seed, arguments.short):
-                if arguments.only in (None, task.name):
-                    wanted[task.name] = task.wanted
-                    for (length, scorer, keep), found in measure(task, seed, Path(scratch)).items():
-                        hits.setdefault((task.name, length, scorer, keep), []).extend(found)
+                if arguments.only not in (None, task.name):
+                    continue
+                kinds |= {task.name: task, **({SECOND: task} if task.again else {})}
+                for name, found in measure(task, seed, Path(scratch)).items():
+                    for key, more in found.items():
+                        values.setdefault(name, {}).setdefault(key, []).extend(more)
     rows, targets = [], {}
-    for (name, length, scorer, keep), found in hits.items():
-        mean, low, high = interval(found)
-        dense = float(np.mean(hits[name, length, "dense", 1.0]))
-        rows.append(
-            {"model": name, "tokens": length, "scorer": scorer, "keep": keep, "exact": mean, "low": low, "high": high}
-            | {"dense": dense, "items": len(found)}
-        )
-        if scorer == "probe":
-            alike = [h for (m, n, s, k), h in hits.items() if (m, n, k) == (name, length, keep) and s != scorer]
-            best = max(float(np.mean(h)) for h in alike)
-            if keep in wanted[name]:
-                label = f"{name}, {length} tokens, keep {keep:.1%}: exact match over dense"
-                targets[label] = target(mean / max(dense, 1e-9), wanted[name][keep])
-            if keep <= 0.25:
-                damage = (dense - mean) / max(dense - best, 1e-9)
-                label = f"{name}, {length} tokens, keep {keep:.1%}: damage over the best baseline's"
-                targets[label] = target(damage, 0.6, at_least=False)
-        if name == RECALL and keep == 0.5 and scorer in WEAK:
-            targets[f"{name}, {scorer} at keep 50 %"] = target(mean, WEAK[scorer], at_least=False)
+    for name, found in values.items():
+        task = kinds[name]
+        mine = rows_of(name, task.metric, found)
+        rows += mine
+        targets |= targets_of(name, task.metric, task.wanted if name == task.name else {}, mine)
     if arguments.short:
-        lost = [f"{r['tokens']} tokens, keep {r['keep']}" for r in rows if r["scorer"] == "probe" and beaten(r, rows)]
-        print(f"baselines win at {', '.join(lost)}" if lost else "the probe wins everywhere")
-        sys.exit(bool(lost))
+        probes = [r for r in rows if r["scorer"] == "probe"]
+        beaten = [f"{r['tokens']} tokens, keep {r['keep']}" for r in probes if is_beaten(r, rows)]
+        print(f"baselines win at {', '.join(beaten)}" if beaten else "the probe wins everywhere")
+        sys.exit(bool(beaten))
     if arguments.only and (RESULTS / "quality.json").exists():
         before = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))
-        rows = [row for row in before["rows"] if row["model"] != arguments.only] + rows
-        targets = {k: v for k, v in before["targets"].items() if not k.startswith(arguments.only)} | targets
+        rows = [row for row in before["rows"] if row["model"] not in kinds] + rows
+        old = {k: v for k, v in before["targets"].items() if not any(k.startswith(f"{name}, ") for name in kinds)}
+        targets = old | targets
     write("quality", f"python bench/quality.py --seeds {seeds}", rows, targets)
 
 
-def beaten(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bool:
+def is_beaten(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bool:
     """Whether a baseline answers more questions than the probe at its length and keep ratio."""
     others = [r for r in rows if (r["tokens"], r["keep"]) == (row["tokens"], row["keep"])]
     return any(r["exact"] > row["exact"] for r in others)

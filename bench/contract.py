@@ -1,0 +1,110 @@
+"""Is the quality contract honest? Random recipes; what each bundle claims against what fresh items show.
+
+python bench/contract.py      about an hour on 2 cores; writes results/contract.json
+
+Calibrations run as ``fstq export`` runs them, without writing the graph: what a bundle claims is decided there. A
+recipe draws model, data, number of items, prompt lengths, prune layer and seed; the allowed drop is 1 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import SHARED, target, write
+from fstq_export import data, source
+from fstq_export.calibrate import Calibrator, Recipe
+from fstq_export.contract import Outcome, drop
+from fstq_export.demo.run import MODEL
+from fstq_export.reference import reference
+from quality import RECALL, questions
+
+from fstq_infer.fisher.gates import observe
+from fstq_infer.fisher.hooks import Decoder
+from fstq_infer.fisher.items import Item
+from fstq_infer.fisher.probe import ProbeInput
+from fstq_infer.fisher.prune import pruned_outcome
+from fstq_infer.fisher.select import keep_count, select
+
+RECIPES, FRESH, ALLOWED, SHOWN = 20, 1000, 0.01, 0.015
+
+
+def drawn(rng: random.Random, folder: Path) -> tuple[str, Path, list[data.Example], list[data.Example], Recipe]:
+    """(name, model, calibration items, fresh items, recipe)."""
+    seed = rng.randrange(2**31)
+    recipe = Recipe(prune_layer=rng.choice((None, 2, 3)), max_quality_drop=ALLOWED, seed=seed)
+    recall = SHARED / "models" / RECALL
+    if recall.exists() and rng.random() < 0.3:
+        pool = data.read(SHARED / "data" / "recall" / "calib.jsonl")
+        pool += data.read(SHARED / "data" / "recall" / "val.jsonl")
+        rng.shuffle(pool)
+        return RECALL, recall, pool[FRESH:], pool[:FRESH], recipe
+    lengths = rng.choice(((100, 200), (150, 300), (100, 250, 400)))
+    count = rng.choice((900, 1200, 1600))
+    calibration = data.read(questions(folder / "calibration.jsonl", "valid", lengths, count, seed))
+    fresh = data.read(questions(folder / "fresh.jsonl", "test", lengths, FRESH, seed + 1))
+    return "demo model", MODEL, calibration, fresh, recipe
+
+
+def fresh_drop(decoder: Decoder, calibrator: Calibrator, result: Any, items: list[Item], keep: float) -> float:
+    """What the calibrated probe loses on fresh items."""
+    scores: list[Any] = []
+    for start in range(0, len(items), 200):
+        seen = observe(decoder, items[start : start + 200], (result.layer,))
+        scores += [result.probe(ProbeInput.pad([o.inputs[result.layer]]))[0].detach().numpy() for o in seen]
+    sink, window = calibrator.recipe.sink, calibrator.window
+    counts = [keep_count(len(s), keep, sink, window) for s in scores]
+
+    def outcome(layer: int, counts: list[int]) -> Outcome:
+        exact, nll = pruned_outcome(
+            decoder, items, layer, lambda rows: [select(scores[i], counts[i], sink, window) for i in rows]
+        )
+        return Outcome(exact.astype(np.float64), nll)
+
+    dense = outcome(result.layer, [len(s) for s in scores])
+    return drop(dense, outcome(result.layer, counts), dense.metric)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", type=int, default=RECIPES)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rng, rows = random.Random(arguments.seed), []
+    for number in range(arguments.recipes):
+        with tempfile.TemporaryDirectory(prefix="fstq-bench-") as scratch:
+            name, model, examples, fresh, recipe = drawn(rng, Path(scratch))
+        found = source.resolve(str(model), None)
+        tokens = source.tokenizer(found)
+        with reference(found, stream=False) as decoder:
+            calibrator = Calibrator(decoder, [data.encode(tokens, e) for e in examples], recipe, lambda *_: None)
+            result = calibrator.run()
+            row: dict[str, Any] = {"model": name, "items": len(examples), "prune_layer": recipe.prune_layer}
+            row |= {"layer": result.layer, "keep": result.keep, "claims": result.met and result.keep < 1}
+            row |= {"claimed_drop": result.drop, "seed": recipe.seed}
+            if row["claims"]:
+                items = [data.encode(tokens, e) for e in fresh]
+                row["fresh_drop"] = fresh_drop(decoder, calibrator, result, items, result.keep)
+        rows.append(row)
+        print(f"{number + 1} of {arguments.recipes}: {row}", flush=True)
+    shown = [row["fresh_drop"] for row in rows if row["claims"]]
+    good = sum(found <= SHOWN for found in shown)
+    write(
+        "contract",
+        f"python bench/contract.py --recipes {arguments.recipes} --seed {arguments.seed}",
+        rows,
+        {
+            "recipes whose claim, if any, holds on fresh items (at most 1.5 % lost)": target(
+                (good + len(rows) - len(shown)) / len(rows), 0.95
+            ),
+            "claims that hold on fresh items": target(good / max(1, len(shown)), 0.95),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
