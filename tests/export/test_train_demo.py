@@ -34,8 +34,9 @@ TINY = Recipe(
     tokens_per_step=256,
     tokens=6_500,
     narrative_tokens=1_500,
-    ramp_tokens=2_000,
-    hard_from=4_000,
+    ramp_from=2_000,
+    ramp_to=4_000,
+    shortest=60,
     longest=120,
     questions=3,
 )
@@ -45,6 +46,12 @@ EVERY = 2_000
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return train.train_tokenizer(TINY.seed, TINY.vocabulary)
+
+
+@pytest.fixture(scope="module")
+def usual() -> PreTrainedTokenizerFast:
+    """The tokenizer of the recipe that the command runs."""
+    return train.train_tokenizer(Recipe().seed, Recipe().vocabulary)
 
 
 @pytest.fixture
@@ -94,14 +101,19 @@ def logged(out: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_result(one: Path, other: Path) -> None:
-    """Bit-equal weights, optimizer and log, but for the time it took."""
+    """Bit-equal weights, states of both optimizers and log, but for the time it took."""
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     states = [torch.load(out / CHECKPOINT, weights_only=True) for out in (one, other)]
     for name, weight in states[0]["model"].items():
         assert torch.equal(weight, states[1]["model"][name]), name
-    for number, moments in states[0]["optimizer"]["state"].items():
-        for name, moment in moments.items():
-            assert torch.equal(moment, states[1]["optimizer"]["state"][number][name])
+    assert len(states[0]["optimizers"]) == 2
+    for first, second in zip(*(state["optimizers"] for state in states), strict=True):
+        assert first["param_groups"] == second["param_groups"]
+        assert first["state"] and first["state"].keys() == second["state"].keys()
+        for number, moments in first["state"].items():
+            assert moments and moments.keys() == second["state"][number].keys()
+            for name, moment in moments.items():
+                assert moment.any() and torch.equal(moment, second["state"][number][name])
     assert [(state["step"], state["seen"]) for state in states] == [(states[0]["step"], states[0]["seen"])] * 2
     assert logged(one) == logged(other)
 
@@ -162,6 +174,24 @@ def test_training_json_holds_recipe_and_log(whole: Path) -> None:
     assert all(0 <= share <= 1 for row in log for share in row["exact_24"].values())
 
 
+def test_the_logged_loss_is_the_mean_since_the_last_evaluation(
+    whole: Path, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[float] = []
+    loss_of = train.loss_of
+
+    def noted(*given: Any) -> Any:
+        loss = loss_of(*given)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(train, "loss_of", noted)
+    log = logged(run(tmp_path))
+    assert len(log) > 2 and log == logged(whole) and log[-1]["step"] == len(losses)
+    for row, since in zip(log, [0, *(row["step"] for row in log)], strict=False):
+        assert row["loss"] == pytest.approx(sum(losses[since : row["step"]]) / (row["step"] - since), abs=6e-5)
+
+
 def test_the_saved_model_loads_in_half_precision(whole: Path) -> None:
     weights = load_file(whole / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
@@ -195,6 +225,29 @@ def test_digits_are_single_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     """Before any merge, so that no vocabulary, however large, joins them."""
     pieces = [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("code 4711, 950 mg.")]
     assert [piece for piece in pieces if re.search(r"\d", piece)] == list("4711950")
+
+
+def test_names_are_split_between_their_parts(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Before any merge, so that no vocabulary, however large, joins them; other words stay whole."""
+    cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    text = "Balbas opens with Kühlbox. ¿Quién, Dendek o (Zunzut)? d'Alim Nirnim's Balbasket"
+    pieces = "Bal bas Ġopens Ġwith ĠKÃ¼hlbox . ĠÂ¿ QuiÃ©n , ĠDen dek Ġo Ġ( Zun zut )? Ġd ' Alim ĠNir nim 's ĠBalbasket"
+    assert [piece for piece, _ in cut(text)] == pieces.split()
+    texts = [facts.World(random.Random(7), x, "test", 60).text(200) for x in facts.LANGUAGES.values()]
+    for text in texts:
+        named = re.sub(facts.NAME_TAIL, "", text)
+        assert len(cut(text)) - len(cut(named)) == len(re.findall(facts.NAME_TAIL, text)) > 0
+
+
+@pytest.mark.parametrize("split", facts.SPLITS)
+def test_unseen_names_are_two_tokens_like_seen_ones(split: str, usual: PreTrainedTokenizerFast) -> None:
+    """After a space, with the vocabulary of the recipe."""
+    rng = random.Random(4)
+    drawn = {facts.made_up_name(rng, split) for _ in range(2_000)}
+    assert len(drawn) > 300 and min(len({name[at] for name in drawn}) for at in (slice(3), slice(3, 6))) > 60
+    for name in drawn:
+        assert usual.tokenize(f" {name}") == [f"Ġ{name[:3]}", name[3:]]
+        assert usual.tokenize(f", {name}.") == [",", f"Ġ{name[:3]}", name[3:], "."]
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------
@@ -251,42 +304,51 @@ def test_rows_are_padded_without_loss(tokenizer: PreTrainedTokenizerFast, monkey
 def test_contexts_grow_with_the_tokens_seen(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lengths asked for, by the share of the ramp that is behind; narratives have their own."""
-    asked: dict[int, list[float]] = {0: [], 2_500: [], 6_000: []}
-    row = ([0] * TINY.tokens_per_step * 2, [True] * TINY.tokens_per_step * 2)
+    """Lengths asked for, before, on and after the ramp; narratives have their own."""
+    asked: dict[int, list[float]] = {0: [], 2_000: [], 3_000: [], 4_000: [], 6_000: []}
+    row = ([0] * TINY.tokens_per_step, [True] * TINY.tokens_per_step)
     told: list[float] = []
     monkeypatch.setattr(Batches, "narrative", lambda _self, _rng, length: told.append(length) or row)
     for seen, lengths in asked.items():
-        monkeypatch.setattr(
-            Batches, "questions", lambda _self, _rng, length, _kinds, to=lengths: to.append(length) or row
-        )
+        monkeypatch.setattr(Batches, "questions", lambda _self, _rng, length, to=lengths: to.append(length) or row)
         for step in range(400):
             Batches(tokenizer, TINY).batch(step, seen)
-    assert [min(lengths) >= 40 for lengths in asked.values()] == [True] * 3
-    assert [max(lengths) for lengths in asked.values()] == pytest.approx([60, 90, 120], abs=2)
+    assert [min(lengths) >= 40 for lengths in asked.values()] == [True] * 5
+    assert [max(lengths) for lengths in asked.values()] == pytest.approx([60, 60, 90, 120, 120], abs=2)
+    assert all(max(lengths) <= most for lengths, most in zip(asked.values(), (60, 60, 90, 120, 120), strict=True))
     assert min(told) >= 80 and max(told) <= 400
-    assert [len(lengths) / 400 for lengths in asked.values()] == pytest.approx([0.3, 0.9, 0.9], abs=0.06)
+    assert [len(lengths) / 400 for lengths in asked.values()] == pytest.approx([0.3, 0.9, 0.9, 0.9, 0.9], abs=0.06)
 
 
-def test_hard_kinds_prevail_from_their_time_on(
+def test_narratives_prevail_at_the_start_alone(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[Any] = []
-    document = facts.document
-    monkeypatch.setattr(facts, "document", lambda *given: drawn.append(given[-1]) or document(*given))
-    for seen, kinds in ((0, facts.KINDS), (3_999, facts.KINDS), (4_000, facts.HARD_KINDS)):
-        for step in range(12):
-            Batches(tokenizer, TINY).batch(step, seen)
-        assert drawn and set(drawn) == {kinds}
-        drawn.clear()
-    shares = [sum(kind != "single" for kind in kinds) / len(kinds) for kinds in (facts.KINDS, facts.HARD_KINDS)]
-    assert shares[0] < shares[1] and set(facts.KINDS) == set(facts.HARD_KINDS)
+    row = ([0] * TINY.tokens_per_step, [True] * TINY.tokens_per_step)
+    told: list[int] = []
+    monkeypatch.setattr(Batches, "narrative", lambda *_: told.append(1) or row)
+    monkeypatch.setattr(Batches, "questions", lambda *_: told.append(0) or row)
+    for recipe, seen, share in ((TINY, 1_499, 0.7), (TINY, 1_500, 0.1), (replace(TINY, narrative_tokens=0), 0, 0.1)):
+        told.clear()
+        for step in range(400):
+            Batches(tokenizer, recipe).batch(step, seen)
+        assert sum(told) / len(told) == pytest.approx(share, abs=0.06)
 
 
-def test_batches_are_twice_as_large_once_the_contexts_are_long(tokenizer: PreTrainedTokenizerFast) -> None:
-    one = TINY.tokens_per_step
-    early, late = ([Batches(tokenizer, TINY).batch(i, seen)[0].numel() for i in range(20)] for seen in (0, 6_000))
-    assert one <= min(early) < 2 * one <= min(late)
+@pytest.mark.parametrize("seen", [0, 3_000, 6_000])
+def test_a_batch_has_as_many_rows_as_its_tokens_take(
+    seen: int, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any time of the training; padding does not count."""
+    made: list[int] = []
+    for name in ("questions", "narrative"):
+        original = getattr(Batches, name)
+        monkeypatch.setattr(
+            Batches, name, lambda *given, original=original: (row := original(*given), made.append(len(row[0])))[0]
+        )
+    for step in range(20):
+        made.clear()
+        assert len(Batches(tokenizer, TINY).batch(step, seen)[0]) == len(made)
+        assert sum(made[:-1]) < TINY.tokens_per_step <= sum(made)
 
 
 # ---- loss, judging, schedule -------------------------------------------------------------------------------------
@@ -336,12 +398,50 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert rate(9, 990_000) == pytest.approx(0.04)  # the smaller of both
 
 
+def test_muon_trains_the_matrices_of_the_layers_and_adamw_all_else() -> None:
+    model = random_model(layers=2)
+    muon, adamw = train.optimizers_of(model, 2e-3)
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    mine, others = ([names[id(p)] for group in one.param_groups for p in group["params"]] for one in (muon, adamw))
+    assert sorted(mine + others) == sorted(names.values())
+    parts = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    assert set(mine) == {f"model.layers.{i}.{part}.weight" for i in range(2) for part in parts}
+    norms = {f"model.layers.{i}.{x}_layernorm.weight" for i in range(2) for x in ("input", "post_attention")}
+    assert set(others) == {"model.embed_tokens.weight", "model.norm.weight", *norms}  # the head is the embeddings
+
+
+def test_both_optimizers_follow_the_rate(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also once a checkpoint has brought back the rates of its own step."""
+    rates: list[float] = []
+    rate = train._rate
+    monkeypatch.setattr(train, "_rate", lambda *given: rates.append(rate(*given)) or rates[-1])
+    for tokens in (300, 900):
+        run(tmp_path, replace(TINY, tokens=tokens))
+        saved = torch.load(tmp_path / CHECKPOINT, weights_only=True)["optimizers"]
+        assert [[group["lr"] for group in one["param_groups"]] for one in saved] == [[rates[-1]]] * 2
+    assert len(set(rates)) > 2
+
+
 @pytest.mark.parametrize("tokens", [20, 128, 512, 1000])
 def test_half_of_a_context_is_facts(tokens: int) -> None:
     n_facts, n_fillers = train.amounts(tokens)
     assert n_facts >= 2
     assert (n_facts + n_fillers) * train.FACT_TOKENS == pytest.approx(tokens, abs=train.FACT_TOKENS)
     assert tokens < 50 or n_facts == pytest.approx(n_fillers, abs=1)
+
+
+@pytest.mark.parametrize("tokens", [128, 512, 1000])
+def test_contexts_have_about_the_tokens_asked_for(tokens: int, usual: PreTrainedTokenizerFast) -> None:
+    rng = random.Random(1)
+    contexts = [facts.item(rng, "test", *train.amounts(tokens)).context for _ in range(60)]
+    assert sum(len(usual.tokenize(context)) for context in contexts) / 60 == pytest.approx(tokens, rel=0.1)
+
+
+def test_no_row_is_longer_than_the_model_has_positions(usual: PreTrainedTokenizerFast) -> None:
+    recipe = Recipe()
+    batches = Batches(usual, recipe)
+    assert max(len(batches.questions(random.Random(s), recipe.longest)[0]) for s in range(60)) <= recipe.positions
 
 
 # ---- warm start --------------------------------------------------------------------------------------------------

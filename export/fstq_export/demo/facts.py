@@ -7,6 +7,7 @@ in training.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import zlib
@@ -19,18 +20,12 @@ from fstq_infer.errors import OptionError
 
 SPLITS = ("train", "valid", "test")
 KINDS = ("single", "single", "single", "which", "choice", "linked", "absent")
-HARD_KINDS = ("single", "which", "which", "which", "choice", "choice", "linked", "linked", "absent")
+TRAINING_KINDS = ("single", "which", "which", "which", "choice", "choice", "linked", "linked", "linked", "absent")
 
-_HEADS = [
-    a + b
-    for a in ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
-    for b in ("al", "en", "ir", "or", "un")
-]
-_TAILS = [
-    a + b
-    for a in ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
-    for b in ("as", "ek", "im", "os", "ut")
-]
+_CONSONANTS = "bdfgklmnprstvz"
+_HEADS = [a + b for a in _CONSONANTS for b in ("al", "en", "ir", "or", "un")]
+_TAILS = [a + b for a in _CONSONANTS for b in ("as", "ek", "im", "os", "ut")]
+NAME_TAIL = rf"(?<=\b[A-Z](?:al|en|ir|or|un))[{_CONSONANTS}](?:as|ek|im|os|ut)\b"  # the second part of a made-up name
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +109,25 @@ class Fact:
 class World:
     """A set of facts about made-up subjects in one language; within a relation no subject and no value occurs twice.
 
-    facts: how many; one more where the last one brings a town and who lives there.
+    facts: how many; one more where the last one brings a town and who lives there. relations: of these
+    only, so that more facts differ in their names and values alone; where all their values are taken, others come in.
     """
 
-    def __init__(self, rng: random.Random, language: Language, split: str, facts: int) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        language: Language,
+        split: str,
+        facts: int,
+        relations: Sequence[Relation] = (),
+    ) -> None:
         self.rng, self.language, self.split = rng, language, split
         self.facts: list[Fact] = []
         self._taken: set[tuple[str, str]] = set()
-        while len(self.facts) < facts:
-            relation = rng.choice(language.relations)
+        for attempt in itertools.count():
+            if len(self.facts) >= facts:
+                break
+            relation = rng.choice(relations if relations and attempt < 4 * facts else language.relations)
             if relation.name == "river":
                 self._add_town(relation)
             else:
@@ -241,13 +246,18 @@ def item(rng: random.Random, split: str, facts: int, fillers: int, language: str
     return Item(context, question, answer, kind, chosen.code)
 
 
-def document(
-    rng: random.Random, facts: int, fillers: int, questions: int, kinds: Sequence[str] = KINDS
-) -> tuple[str, list[tuple[str, str]]]:
-    """A training document: (context, [(question, answer), ...])."""
-    world = World(rng, LANGUAGES[rng.choice(list(LANGUAGES))], "train", facts)
+def document(rng: random.Random, facts: int, fillers: int, questions: int) -> tuple[str, list[tuple[str, str]]]:
+    """A training document: (context, [(question, answer), ...]).
+
+    Every other one is about few relations, of those that more than single facts are asked about: it is by their many
+    facts alike that a model learns to tell them apart.
+    """
+    language = LANGUAGES[rng.choice(list(LANGUAGES))]
+    asked = [r for r in language.relations if r.name in language.which or r.name in language.linked]
+    few = rng.sample(asked, rng.randint(1, 3)) if rng.random() < 0.5 else ()
+    world = World(rng, language, "train", facts, few)
     context = world.text(fillers)
-    return context, [asked[:2] for asked in world.questions(questions, kinds)]
+    return context, [asked[:2] for asked in world.questions(questions, TRAINING_KINDS)]
 
 
 def narrative(rng: random.Random, facts: int) -> str:

@@ -15,14 +15,13 @@ import logging
 import os
 import random
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -31,17 +30,16 @@ from fstq_export.demo import facts
 BOS, EOS = "<s>", "</s>"
 LOG, CHECKPOINT = "training.json", "checkpoint.pt"
 EXACT_AT = (128, 512, 1000)
-FACT_TOKENS, FACT_SHARE = 9.6, 0.5
+FACT_TOKENS, FACT_SHARE = 9.6, 0.5  # tokens of a sentence; facts' share of a context
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the result, besides library versions and the number format of the machine.
+    """Everything that decides the result, besides the first weights, library versions and the machine's number format.
 
-    tokens, narrative_tokens, ramp_tokens: length of the whole run, of its narrative start, and of the growth of the
-    contexts from 60 to ``longest`` tokens after it. hard_from: tokens after which hard kinds of questions prevail.
-    decay: last part of the run, in which the learning rate falls.
+    tokens, narrative_tokens: length of the whole run, and of its narrative start. From ramp_from to ramp_to tokens the
+    contexts grow from ``shortest`` to ``longest`` at most. decay: last part of the run, in which the rate falls.
     """
 
     seed: int = 7
@@ -52,19 +50,23 @@ class Recipe:
     kv_heads: int = 2
     feed_forward: int = 384
     positions: int = 2048
-    tokens_per_step: int = 2048
-    learning_rate: float = 2e-3
-    tokens: int = 12_000_000
-    narrative_tokens: int = 300_000
-    ramp_tokens: int = 6_000_000
-    hard_from: int = 7_000_000
+    tokens_per_step: int = 4096
+    learning_rate: float = 3e-3
+    tokens: int = 22_000_000
+    narrative_tokens: int = 0
+    ramp_from: int = 6_000_000
+    ramp_to: int = 15_000_000
+    shortest: int = 110
     longest: int = 1050
     questions: int = 24
-    decay: float = 0.25
+    decay: float = 0.3
 
 
 def train_tokenizer(seed: int, vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over generated text; digits stay single so that numbers can be copied digit by digit."""
+    """Byte-level BPE over generated text; names split between their parts, so that unseen ones are like seen ones.
+
+    Digits stay single so that numbers can be copied digit by digit.
+    """
     rng = random.Random(seed)
     texts = []
     for _ in range(3000):
@@ -72,7 +74,11 @@ def train_tokenizer(seed: int, vocabulary: int) -> PreTrainedTokenizerFast:
         texts.append(" ".join([context, *(f"{q} {a}" for q, a in asked)]))
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(Regex(facts.NAME_TAIL), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     core.decoder = decoders.ByteLevel()
     core.train_from_iterator(
@@ -118,11 +124,11 @@ class Batches:
         ids = [self.bos, *self._ids(facts.narrative(rng, n_facts))]
         return ids, [True] * len(ids)
 
-    def questions(self, rng: random.Random, length: float, kinds: Sequence[str] = facts.KINDS) -> Row:
+    def questions(self, rng: random.Random, length: float) -> Row:
         """A context of about ``length`` tokens, then questions; answers carry loss."""
         n_facts, n_fillers = amounts(int(length))
         n_facts = round(n_facts * rng.uniform(0.7, 1.4))
-        context, asked = facts.document(rng, n_facts, n_fillers, self.recipe.questions, kinds)
+        context, asked = facts.document(rng, n_facts, n_fillers, self.recipe.questions)
         ids = [self.bos, *self._ids(context)]
         labels = [False] * len(ids)
         for question, answer in asked:
@@ -134,15 +140,14 @@ class Batches:
         """(rows, tokens) ids, padded with the end token, and loss mask, after ``seen`` tokens of training."""
         recipe, rng = self.recipe, random.Random(f"{self.recipe.seed}/{step}")
         start = seen < recipe.narrative_tokens
-        grown = min(1.0, max(0.0, (seen - recipe.narrative_tokens) / recipe.ramp_tokens))
-        length = rng.uniform(40, 60 + (recipe.longest - 60) * grown)
+        grown = min(1.0, max(0.0, (seen - recipe.ramp_from) / (recipe.ramp_to - recipe.ramp_from)))
+        length = rng.uniform(20, recipe.shortest + (recipe.longest - recipe.shortest) * grown)
         tell = rng.random() < (0.7 if start else 0.1)
         if tell:
             length = rng.uniform(80, 400)
-        kinds = facts.HARD_KINDS if seen >= recipe.hard_from else facts.KINDS
         rows: list[Row] = []
-        while sum(len(ids) for ids, _ in rows) < recipe.tokens_per_step * (2 if grown == 1 else 1):
-            rows.append(self.narrative(rng, length) if tell else self.questions(rng, length, kinds))
+        while sum(len(ids) for ids, _ in rows) < recipe.tokens_per_step:
+            rows.append(self.narrative(rng, length) if tell else self.questions(rng, length))
         width = max(len(ids) for ids, _ in rows)
         ids = torch.full((len(rows), width), self.eos)
         labels = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -202,6 +207,14 @@ def warm_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, star
         model.get_input_embeddings().weight.copy_(rows)
 
 
+def optimizers_of(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for embeddings and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
 def _rate(recipe: Recipe, step: int, seen: int) -> float:
     """Warm-up over 200 steps, constant, then a linear fall to 2 % over the last part."""
     left = (recipe.tokens - seen) / (recipe.decay * recipe.tokens)
@@ -232,41 +245,45 @@ def train(recipe: Recipe, out: Path, start: Path | None = None, evaluate_every: 
     )
     if start is not None:
         warm_start(model, tokenizer, start)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizers = optimizers_of(model, recipe.learning_rate)
     batches = Batches(tokenizer, recipe)
     state: dict[str, Any] = {"step": 0, "seen": 0, "minutes": 0.0, "log": []}
     if (out / CHECKPOINT).exists():
         state = torch.load(out / CHECKPOINT, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
     step, seen, log = state["step"], state["seen"], state["log"]
+    losses: list[float] = []
     began, reported = time.monotonic() - 60 * state["minutes"], seen
     # bfloat16 is emulated, and many times slower than float32, on processors without instructions for it.
     half = (
         torch.autocast("cpu", dtype=torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else nullcontext()
     )
     while seen < recipe.tokens:
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(recipe, step, seen)
         ids, labels = batches.batch(step, seen)
-        optimizer.zero_grad()
+        model.zero_grad()
         with half:
             loss = loss_of(model, ids, labels)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = _rate(recipe, step, seen)
+            optimizer.step()
+        losses.append(loss.item())
         step, seen = step + 1, seen + ids.numel()
         if seen - reported >= evaluate_every or seen >= recipe.tokens:
             reported = seen
             minutes = (time.monotonic() - began) / 60
             row: dict[str, Any] = {"minutes": round(minutes, 1), "step": step, "tokens": seen}
-            row["loss"] = round(loss.item(), 4)
+            row["loss"] = round(sum(losses) / len(losses), 4)
             row |= {f"exact_{n}": exact_match(model, tokenizer, n, 60, "valid", 11) for n in EXACT_AT}
             log.append(row)
+            losses.clear()
             _log.info(json.dumps(row))
             save(model, tokenizer, recipe, log, out)
             state = {"step": step, "seen": seen, "minutes": minutes, "log": log}
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             torch.save(state, out / (CHECKPOINT + ".new"))
             os.replace(out / (CHECKPOINT + ".new"), out / CHECKPOINT)
 
