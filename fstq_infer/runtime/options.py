@@ -103,7 +103,7 @@ def keep_ratios(keep: Keep, stages: Sequence[Stage]) -> tuple[float, ...]:
         raise OptionError(f"keep={keep!r} is text; expected a ratio such as 0.5, 'auto', or None for the bundle's own")
     given: tuple[Any, ...] = tuple(keep) if isinstance(keep, Sequence) else (keep,)
     for ratio in given:
-        if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0 < ratio <= 1:
+        if not isinstance(ratio, Real) or isinstance(ratio, bool) or not 0 < float(ratio) <= 1:
             raise OptionError(f"keep={keep!r} is not accepted; expected ratios of the prompt's tokens, 0 < keep <= 1")
     ratios = tuple(map(float, given))
     if not stages:
