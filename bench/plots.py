@@ -19,9 +19,12 @@ from fstq_export.report import LEVELS, heat_map
 from fstq_export.wording import visible
 from markupsafe import escape
 
+from fstq_infer.fisher.scores import BASELINES
+
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 COLUMNS, CELL, LINE, EDGE = 100, 7.2, 21, 14  # characters in a line; pixels: width of a character, height, margin
 HEAT = "#e69f00"
+SHOWN = ("probe", *BASELINES)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     if given.quality.exists():
-        rows = [row for row in json.loads(given.quality.read_text(encoding="utf-8"))["rows"] if "exact" in row]
+        rows = [
+            row
+            for row in json.loads(given.quality.read_text(encoding="utf-8"))["rows"]
+            if "exact" in row and row["scorer"] in SHOWN
+        ]
         _write(given.out / "quality.svg", on_white(quality_panels(rows)))
     else:
         print(f"skipped quality.svg: there is no {given.quality}")

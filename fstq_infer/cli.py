@@ -91,7 +91,7 @@ def export(
         str, typer.Option(help="Prune before this decoder layer, or 'auto' (needs --calib).")
     ] = "auto",
     keep: Annotated[
-        str, typer.Option(help="Keep ratio, or 'auto': the smallest that meets --max-quality-drop.")
+        str, typer.Option(help="Default keep ratio, or 'auto': the smallest that meets --max-quality-drop.")
     ] = "auto",
     max_quality_drop: Annotated[
         float, typer.Option(help="Quality that may be lost, as a fraction of the dense model's.")

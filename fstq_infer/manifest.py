@@ -206,7 +206,7 @@ def _pruning(data: JsonObject) -> Pruning:
     auto = None
     if data.get("auto", "an object or null") is not None:
         adaptive = data.nested("auto")
-        auto = Auto(adaptive.number("mass", above=0, high=1), adaptive.integer("floor", 0, INT32))
+        auto = Auto(adaptive.number("mass", low=1e-6, high=0.999999), adaptive.integer("floor", 0, INT32))
     keep, score = data.number("keep", above=0, high=1), data.text("score")
     return Pruning(keep, score, data.boolean("calibrated"), contract, auto)
 

@@ -46,7 +46,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     layers = draw(st.sets(st.integers(1, model.layers - 1), max_size=5)) if model.layers > 1 else set()
     ratio, token = st.floats(0, 1, exclude_min=True), st.integers(0, model.vocab_size - 1)
     measured = st.builds(Contract, st.booleans(), texts, st.floats(0, 1e300), finite)
-    auto = st.none() | st.builds(Auto, ratio, small)
+    auto = st.none() | st.builds(Auto, st.floats(1e-6, 0.999999), small)
     names = st.sets(st.sampled_from([name for name in FILE_CAPS if name not in REQUIRED_FILES]))
     return Manifest(
         model=model,
@@ -174,7 +174,7 @@ OUT_OF_RANGE: list[tuple[str, list[Any]]] = [
     ("graph stages 0 window", [-1, HUGE]),
     ("pruning keep", [0, -0.5, 1.001, 10**19]),
     ("pruning contract max_drop", [-0.01]),
-    ("pruning auto mass", [0, -0.5, 1.001]),
+    ("pruning auto mass", [0, -0.5, 1, 1.001]),
     ("pruning auto floor", [-1, HUGE]),
     ("generation bos_token_id", [-1, 256]),
     ("generation eos_token_ids", [[-1], [256], [True], [1.0], ["1"], [None], [1] * 4097]),

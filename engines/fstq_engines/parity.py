@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from fstq_infer.runtime.options import keep_counts, keep_ratios
 TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}  # in units of the logits' deviation, where above 1
 LONG, SHORT, SMALL_MODEL = 96, 32, 50_000_000  # tokens of a prefill; parameters up to which it is the long one
 DECODE_STEPS = 4
-SEED = 0
+SEED, SHARE = 0, 600_000  # millionths of the score mass that stay where a prompt is pruned adaptively
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ def cases(model: ModelInfo, stages: Sequence[Stage]) -> list[Case]:
     made = [make("dense", [length], [1.0] * len(stages))]
     if stages:
         made.append(make("pruned", [length], half))
+        made.append(replace(make("adaptive", [length], half), keep=np.full((1, len(stages)), -SHARE)))
     made.append(make("padded batch", [length, max(1, length * 2 // 3)], half))
     return made
 

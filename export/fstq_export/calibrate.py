@@ -7,6 +7,7 @@ one that keeps the allowed quality is chosen.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from fstq_export.contract import (
+    SLACK,
     Array,
     Outcome,
     bound,
@@ -27,6 +29,7 @@ from fstq_export.contract import (
     relative_cost,
     smallest_allowed,
     split,
+    surest,
     within,
 )
 from fstq_infer.errors import OptionError
@@ -44,11 +47,13 @@ KEEPS = (0.75, 0.5, 0.35, 0.25, 0.18, 0.125)
 CURVE = (0.5, 0.25, 0.125)
 COMPARE = (0.5, 0.25)  # keep ratios at which candidate probes are compared
 MASSES = (0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the score mass that adaptive keep tries
+SHORTEST = 0.01  # share of the calibration prompts that count as too short to prune adaptively
 WINDOW = 4  # so many last tokens always stay; the rest of the question has to earn its place like any other token
 EPOCHS, STEPS = 5, 400
 SPAN, SPANS = 9, (1, 5, 13, 17)  # neighbours that a score is averaged over: at first, and what else is tried
 
 Progress = Callable[[str, int, int], None]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +137,14 @@ class Calibrator:
         self.window = WINDOW if recipe.window is None else recipe.window
         self.candidates = self._candidates()
         self.training, self.held = split(items, recipe.seed)
+        if (best := surest(len(self.held))) > SLACK * recipe.max_quality_drop and recipe.keep is None:
+            _log.warning(
+                "%d held-out items cannot bear out a drop within %g: even without one loss up to %.3g is possible; "
+                "the bundle will be dense. Give more items (--calib, --calib-items) or allow a larger drop",
+                len(self.held),
+                recipe.max_quality_drop,
+                best,
+            )
         self.seconds: dict[str, float] = {}
         self.outcomes: dict[tuple[str, int, float], Outcome] = {}
 
@@ -256,8 +269,8 @@ class Calibrator:
         """(adaptive keep that meets the contract with the fewest tokens, what each share of the mass gave)."""
         rows, costs = [], {}
         sizes = np.array([e.tokens for e in trial.evidence])
+        scores = [SCORES["probe"](e) for e in trial.evidence]
         for number, mass in enumerate(MASSES):
-            scores = [SCORES["probe"](e) for e in trial.evidence]
             counts = [mass_count(s, mass, self.recipe.sink, self.window, trial.span) for s in scores]
             outcome = self._pruned(trial, SCORES["probe"], counts)
             possible = bound(dense, outcome, dense.metric, self.recipe.seed)
@@ -266,8 +279,8 @@ class Calibrator:
             costs[mass] = rows[-1]["drop"], possible
             self.progress("adaptive keep", number + 1, len(MASSES))
         best = smallest_allowed(costs, self.recipe.max_quality_drop)
-        shortest = min(len(item.prompt) for item in (*self.training, *self.held))
-        return (None if best is None else Auto(best, shortest - 1)), rows
+        floor = int(np.quantile([len(item.prompt) for item in (*self.training, *self.held)], SHORTEST))
+        return (None if best is None else Auto(best, floor)), rows
 
     def _drop(self, trial: Trial, keep: float, dense: Outcome) -> float:
         return drop(dense, self._measure(trial.name, trial, keep), dense.metric)

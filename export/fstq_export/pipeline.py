@@ -173,10 +173,11 @@ class Export:
             return calibrator.run(), calibrator.held, left_out
 
     def _stages(self, model: Source, calibration: Calibration | None) -> list[PruneStage]:
-        """The stages to build: none (a dense bundle) when the contract failed and neither layer nor keep was named."""
+        """The stages to build: none (a dense bundle) where nothing met the contract and no layer or keep was named."""
         recipe = self.request.recipe
         if calibration is not None:
-            if not calibration.met and recipe.prune_layer is None and recipe.keep is None:
+            useful = calibration.met or calibration.auto is not None
+            if not useful and recipe.prune_layer is None and recipe.keep is None:
                 return []
             probe = calibration.probe
             return [PruneStage(Stage(calibration.layer, recipe.sink, probe.window), probe.arrays(), probe.queries)]
@@ -312,7 +313,7 @@ class Export:
                 calibration.score if calibration else "window",
                 calibration is not None,
                 contract,
-                calibration.auto if calibration is not None and stages else None,
+                calibration.auto if calibration is not None else None,
             ),
             generation=generation,
             provenance=Provenance(

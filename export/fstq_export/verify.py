@@ -22,12 +22,13 @@ from fstq_infer.errors import VerificationError
 from fstq_infer.fisher.hooks import Decoder, Seen, watch
 from fstq_infer.fisher.probe import Probe, ProbeInput
 from fstq_infer.fisher.prune import NEVER
-from fstq_infer.fisher.select import select
+from fstq_infer.fisher.select import mass_count, select
 from fstq_infer.runtime.engine import Stage
-from fstq_infer.runtime.options import keep_counts, keep_ratios
+from fstq_infer.runtime.options import MILLION, keep_counts, keep_ratios
 
 TOLERANCE = {"float32": 1e-3, "float16": 3e-2}
 DECODE_STEPS = 16
+ADAPTIVE = 600_000  # millionths of the score mass that an adaptive row keeps
 LONGEST_RUN = 576  # a sliding window up to this length is run through, a longer one is compared as a mask
 Int64 = NDArray[np.int64]
 
@@ -213,7 +214,13 @@ class _Pruned:
         stage, where = self.stages[number], f"at prune layer {self.stages[number].layer}"
         if not np.isfinite(scores).all():
             raise VerificationError(f"{self.name}: the probe gives scores that are no numbers {where}. Nothing written")
-        mine = columns[select(scores, int(self.keep[row, number]), stage.sink, stage.window)]
+        count = int(self.keep[row, number])
+        if count < 0:  # a share of the mass; where a token more or less is within rounding, theirs is as good
+            span = self.probes[number].span.shape[2]
+            shares = (-count / MILLION + delta for delta in (0, -1e-4, 1e-4))
+            counts = [mass_count(scores, share, stage.sink, stage.window, span) for share in shares]
+            count = len(theirs) if len(theirs) in counts else counts[0]
+        mine = columns[select(scores, count, stage.sink, stage.window)]
         odd = sorted(set(mine.tolist()) ^ set(theirs.tolist()))
         if not odd:
             return True
@@ -239,10 +246,14 @@ def check_pruned(
     tolerance: float,
     name: str,
 ) -> tuple[float, bool]:
-    """Compare a pruned run, one keep ratio per row; (logits difference, same tokens kept), or VerificationError."""
+    """Compare a pruned run, one keep ratio per row, the last row adaptive: (logits difference, same tokens kept).
+
+    Raises VerificationError.
+    """
     keep = np.array(
         [keep_counts(int(n), keep_ratios(ratio, stages), stages) for n, ratio in zip(text.lengths, keeps, strict=True)]
     )
+    keep[-1] = -ADAPTIVE
     kept: dict[int, Int64] = {}
     found = np.zeros(0)
     for segment, results in segments.run(folder, graph, text.calls(keep)):

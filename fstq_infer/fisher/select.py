@@ -23,7 +23,7 @@ def mass_count(scores: NDArray[np.floating], mass: float, sink: int, window: int
     if not len(free):
         return len(scores)
     weights = np.sort(np.exp((free - free.max()) / np.float32(scale)))[::-1]
-    before = np.cumsum(weights) - weights
+    before = np.append(np.float32(0), np.cumsum(weights)[:-1])
     return len(scores) - len(free) + int((before < np.float32(mass) * weights.sum()).sum())
 
 

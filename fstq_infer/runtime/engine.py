@@ -64,5 +64,6 @@ class Engine(Protocol):
     def forward(self, input_ids: Int64, position_ids: Int64, keep: Int64, cache: Cache) -> Step:
         """Run one call: ids and positions (batch, sequence), keep (batch, stages); see docs/bundle-format.md.
 
-        keep: counts of tokens, or where negative shares of the score mass in millionths.
+        keep: counts of tokens, or where negative shares of the score mass in millionths. The arrays may be written
+        again after the call.
         """

@@ -24,9 +24,10 @@ NAMES = ("keep", "max_tokens", "stop", "stream", *SAMPLING)
 
 @dataclass(frozen=True, slots=True)
 class Auto:
-    """Adaptive keep: per prompt, as many tokens as hold the share ``mass`` of its score mass, 0 < mass < 1.
+    """Adaptive keep: per prompt, as many tokens as hold the share ``mass`` of its score mass, 1e-6 <= mass < 1.
 
-    floor: prompts of so many tokens or fewer stay whole; calibration saw none that short.
+    Each stage keeps that share of what reached it. floor: prompts of so many tokens or fewer stay whole; calibration
+    saw hardly any that short.
     """
 
     mass: float
@@ -86,7 +87,7 @@ def parse_options(given: Mapping[str, Any], defaults: Defaults, stages: Sequence
     if auto and stages and defaults.auto is None:
         raise OptionError(
             "keep='auto' needs a share of the score mass that calibration chose, and this bundle has none. Give a "
-            "ratio such as 0.5, or export the model again with --calib and a larger --max-quality-drop"
+            "ratio such as 0.5, or export the model again with more calibration items or a larger --max-quality-drop"
         )
     return Options(
         ratios=keep_ratios(1.0 if auto else keep, stages),

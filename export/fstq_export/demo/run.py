@@ -26,7 +26,7 @@ from fstq_infer.runtime.generate import Generator
 from fstq_infer.runtime.result import Result
 
 MODEL = Path(__file__).parent / "model"
-ITEMS, LENGTHS, LAYER = 600, (150, 500), 2  # questions to calibrate with, over contexts of so many tokens
+ITEMS, LENGTHS, LAYER = 900, (150, 400), 2  # questions to calibrate with, over contexts of so many tokens
 KEEPS: tuple[float | Literal["auto"], ...] = (1.0, 0.5, 0.25)
 BUNDLE = "model.bundle"
 
@@ -42,6 +42,11 @@ class Answers:
     prefill_s: float
     total_s: float
     kept: float
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        return self.keep if isinstance(self.keep, str) else "dense" if self.keep == 1 else f"{self.keep:.0%}"
 
 
 def write_items(path: Path, split: str, count: int, seed: int) -> None:
@@ -118,22 +123,21 @@ def is_exact(result: Result, wanted: str) -> bool:
 
 def show(done: Done, generator: Generator, asked: Sequence[tuple[str, str]], rows: Sequence[Answers]) -> None:
     """One question with its kept tokens, then the table."""
-    keep = rows[min(1, len(rows) - 1)].keep
+    shown = rows[min(1, len(rows) - 1)]
     stated = [(q, a) for q, a in asked if a.strip().rstrip(".") in q]
     dense = (generator.generate(q, keep=1.0, max_tokens=room(generator, a)) for q, a in stated)
     right = (qa for qa, result in zip(stated, dense, strict=True) if is_exact(result, qa[1]))
     prompt, wanted = next(right, asked[0])
-    result = generator.generate(prompt, keep=keep, max_tokens=room(generator, wanted), stop=["\n"])
-    out.rule(f"a question that the dense model answers, keep {keep}: dropped tokens are struck out")
+    result = generator.generate(prompt, keep=shown.keep, max_tokens=room(generator, wanted), stop=["\n"])
+    out.rule(f"a question that the dense model answers, keep {shown.name}: dropped tokens are struck out")
     out.print(kept_text(generator, result))
     out.print(f"answer: {result.text.strip()}    expected: {wanted.strip()}")
     table = Table(title=f"{len(asked)} unseen questions through the engine")
     for name in ("keep", "prompt kept", "exact answers", "prefill ms", "total ms", "prefill speed-up"):
         table.add_column(name, justify="right")
     for row in rows:
-        name = "dense" if row.keep == 1 else row.keep if isinstance(row.keep, str) else f"{row.keep:.0%}"
         table.add_row(
-            name,
+            row.name,
             f"{row.kept:.0%}",
             f"{row.exact:.0%}",
             f"{row.prefill_s * 1e3:.1f}",

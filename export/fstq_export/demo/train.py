@@ -1,10 +1,10 @@
-"""Train the demo model from a seed: ``python -m fstq_export.demo.train --out DIR`` (hours on two CPU cores).
+"""Train the demo model from a seed: ``python -m fstq_export.demo.train --out DIR`` (an hour on two CPU cores).
 
-First full language-model loss on repetitive narratives, until copying from the context appears; then questions with
-growing contexts, the loss on answers only, narratives mixed in. Sparse question labels from scratch do not teach
-retrieval. Matrices are trained with Muon: the same tokens teach it far more than AdamW. training.json beside the model
-holds the recipe and the log. The batch of a step depends on the seed, the step and the tokens seen alone, so a run that
-was interrupted goes on from its checkpoint as if it had not been.
+Questions with growing contexts, the loss on answers only, narratives mixed in. It begins with a model that already
+copies from its context (--start): sparse question labels do not teach that. From nothing, full language-model loss on
+repetitive narratives has to come first, some ten million tokens of it (--narrative-tokens). Matrices are trained with
+Muon. training.json beside the model holds the recipe and the log. The batch of a step depends on the seed, the step and
+the tokens seen alone, so a run that was interrupted goes on from its checkpoint as if it had not been.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fstq_export.demo import facts
+from fstq_infer.errors import OptionError
 
 BOS, EOS = "<s>", "</s>"
 LOG, CHECKPOINT = "training.json", "checkpoint.pt"
@@ -250,6 +251,8 @@ def train(recipe: Recipe, out: Path, start: Path | None = None, evaluate_every: 
     state: dict[str, Any] = {"step": 0, "seen": 0, "minutes": 0.0, "log": []}
     if (out / CHECKPOINT).exists():
         state = torch.load(out / CHECKPOINT, weights_only=True)
+        if state["recipe"] | {"tokens": recipe.tokens} != asdict(recipe):
+            raise OptionError(f"{out} holds a run of another recipe; continue that one, or name an empty folder")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -282,7 +285,7 @@ def train(recipe: Recipe, out: Path, start: Path | None = None, evaluate_every: 
             losses.clear()
             _log.info(json.dumps(row))
             save(model, tokenizer, recipe, log, out)
-            state = {"step": step, "seen": seen, "minutes": minutes, "log": log}
+            state = {"step": step, "seen": seen, "minutes": minutes, "log": log, "recipe": asdict(recipe)}
             state |= {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             torch.save(state, out / (CHECKPOINT + ".new"))
             os.replace(out / (CHECKPOINT + ".new"), out / CHECKPOINT)
@@ -291,15 +294,17 @@ def train(recipe: Recipe, out: Path, start: Path | None = None, evaluate_every: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=Recipe().tokens)
-    parser.add_argument("--seed", type=int, default=Recipe().seed)
+    for name, value in asdict(Recipe()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--start", type=Path, help="begin with the weights of this earlier model of the same shape")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    if not hasattr(torch.optim, "Muon"):
+        parser.error(f"training needs torch 2.9 or newer; this is {torch.__version__}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    train(Recipe(seed=arguments.seed, tokens=arguments.tokens), arguments.out, arguments.start)
+    train(Recipe(**{name: getattr(arguments, name) for name in asdict(Recipe())}), arguments.out, arguments.start)
 
 
 if __name__ == "__main__":
