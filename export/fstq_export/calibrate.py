@@ -46,7 +46,7 @@ from fstq_infer.runtime.options import Auto
 KEEPS = (0.75, 0.5, 0.35, 0.25, 0.18, 0.125)
 CURVE = (0.5, 0.25, 0.125)
 COMPARE = (0.5, 0.25)  # keep ratios at which candidate probes are compared
-MASSES = (0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the score mass that adaptive keep tries
+MASSES = (0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # shares of the score mass that adaptive keep tries
 SHORTEST = 0.01  # share of the calibration prompts that count as too short to prune adaptively
 WINDOW = 4  # so many last tokens always stay; the rest of the question has to earn its place like any other token
 EPOCHS, STEPS = 5, 400
@@ -278,6 +278,9 @@ class Calibrator:
             rows.append(self._row(dense, outcome, ratio) | {"mass": mass, "bound": possible})
             costs[mass] = rows[-1]["drop"], possible
             self.progress("adaptive keep", number + 1, len(MASSES))
+            if rows[-1]["drop"] > 3 * self.recipe.max_quality_drop:
+                self.progress("adaptive keep", len(MASSES), len(MASSES))
+                break  # smaller shares lose more
         best = smallest_allowed(costs, self.recipe.max_quality_drop)
         floor = int(np.quantile([len(item.prompt) for item in (*self.training, *self.held)], SHORTEST))
         return (None if best is None else Auto(best, floor)), rows

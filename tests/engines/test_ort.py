@@ -72,7 +72,7 @@ def test_the_engine_lies_in_the_cache_with_its_sidecar(tiny_bundle: Bundle, engi
     assert data["key"] == engine.name and data["bundle_sha256"] == tiny_bundle.manifest_sha256
     assert data["bundle_path"] == str(tiny_bundle.path) and data["machine"] and len(data["cpu_sha256"]) == 64
     assert data["build_seconds"] > 0 and data["peak_rss_bytes"] > 10 << 20
-    assert data["parity"]["cases"] == ["dense", "pruned", "padded batch"]
+    assert data["parity"]["cases"] == ["dense", "pruned", "adaptive", "padded batch"]
     assert 0 <= data["parity"]["difference"] <= data["parity"]["tolerance"] == 1e-3
     for name in ("model.onnx", "model.onnx.data"):
         assert data["files"][name] == {

@@ -147,6 +147,7 @@ def unmet() -> Report:
     report = full()
     report["calibration"] |= {"chosen": None, "met": False, "example": None}
     report["calibration"]["candidates"] = [{"layer": 2, **point(0.75, 0.8832), "probe": PROBE, "relative_cost": 0.85}]
+    report["calibration"]["adaptive"] = {"chosen": None, "rows": [{**point(0.7, 0.8832), "mass": 0.98, "bound": 0.08}]}
     report["graph"]["stages"], report["verification"]["pruned"] = [], None
     report["timing"] = {"skipped": "the model has more than 200 million parameters"}
     return report
@@ -269,7 +270,7 @@ def test_full_page_says_what_was_measured(pages: dict[str, str]) -> None:
     headings = re.findall("<h2>(.*?)</h2>", pages["full"])
     assert headings == [
         "Quality against tokens kept", "Where the prompt matters", "One prompt, token by token",
-        "Where the time goes", "Settings tried", "Does the graph compute the model?", "What the export took",
+        "Where the time goes", "Settings tried", "Adaptive keep", "Does the graph compute the model?", "What the export took",
         "Provenance",
     ]  # fmt: skip
     assert pages["full"].count("<svg ") == 3
@@ -288,6 +289,8 @@ def test_full_page_says_what_was_measured(pages: dict[str, str]) -> None:
     ):
         assert part in text
     assert '<tr class="chosen"><td class="n">2</td>' in pages["full"]
+    assert '<tr class="chosen"><td class="n">90 %</td>' in pages["full"]
+    assert "prompts of up to 59 tokens stay whole" in pages["full"]
     assert "prefers-color-scheme:dark" in pages["full"]
 
 
@@ -305,6 +308,7 @@ def test_page_of_an_unmet_contract(pages: dict[str, str]) -> None:
     assert "this bundle is dense" in pages["unmet"]
     assert "Not measured: the model has more than 200 million parameters." in pages["unmet"]
     assert "Settings tried" in pages["unmet"] and '<tr class="chosen">' not in pages["unmet"]
+    assert "No share is within both, so this bundle does not offer it." in pages["unmet"]
 
 
 def test_hostile_tokens_stay_text(pages: dict[str, str]) -> None:

@@ -3,8 +3,9 @@
 Questions with growing contexts, the loss on answers only, narratives mixed in. It begins with a model that already
 copies from its context (--start): sparse question labels do not teach that. From nothing, full language-model loss on
 repetitive narratives has to come first, some ten million tokens of it (--narrative-tokens). Matrices are trained with
-Muon. training.json beside the model holds the recipe and the log. The batch of a step depends on the seed, the step and
-the tokens seen alone, so a run that was interrupted goes on from its checkpoint as if it had not been.
+Muon. training.json beside the model holds recipe and log, those of the first weights too. The batch of a step depends
+on the seed, the step and the tokens seen alone, so a run that was interrupted goes on from its checkpoint as if it had
+not been.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fstq_infer.errors import OptionError
 BOS, EOS = "<s>", "</s>"
 LOG, CHECKPOINT = "training.json", "checkpoint.pt"
 EXACT_AT = (128, 512, 1000)
-FACT_TOKENS, FACT_SHARE = 9.6, 0.5  # tokens of a sentence; facts' share of a context
+FACT_TOKENS, FACT_SHARE = 9.6, 0.3  # tokens of a sentence; facts' share of a context
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +41,8 @@ class Recipe:
     """Everything that decides the result, besides the first weights, library versions and the machine's number format.
 
     tokens, narrative_tokens: length of the whole run, and of its narrative start. From ramp_from to ramp_to tokens the
-    contexts grow from ``shortest`` to ``longest`` at most. decay: last part of the run, in which the rate falls.
+    contexts grow from ``shortest`` to ``longest`` at most; fact_share of them is facts, more than where the model is
+    judged, so that there is more to ask about. decay: last part of the run, in which the rate falls.
     """
 
     seed: int = 7
@@ -60,6 +62,7 @@ class Recipe:
     shortest: int = 110
     longest: int = 1050
     questions: int = 24
+    fact_share: float = 0.5
     decay: float = 0.3
 
 
@@ -96,9 +99,9 @@ def train_tokenizer(seed: int, vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS)
 
 
-def amounts(tokens: int) -> tuple[int, int]:
-    """(facts, filler sentences) for a context of about ``tokens`` tokens, half of them in facts."""
-    n_facts = max(2, round(tokens * FACT_SHARE / FACT_TOKENS))
+def amounts(tokens: int, share: float = FACT_SHARE) -> tuple[int, int]:
+    """(facts, filler sentences) for a context of about ``tokens`` tokens, ``share`` of them in facts."""
+    n_facts = max(2, round(tokens * share / FACT_TOKENS))
     return n_facts, max(0, round((tokens - FACT_TOKENS * n_facts) / FACT_TOKENS))
 
 
@@ -127,7 +130,7 @@ class Batches:
 
     def questions(self, rng: random.Random, length: float) -> Row:
         """A context of about ``length`` tokens, then questions; answers carry loss."""
-        n_facts, n_fillers = amounts(int(length))
+        n_facts, n_fillers = amounts(int(length), self.recipe.fact_share)
         n_facts = round(n_facts * rng.uniform(0.7, 1.4))
         context, asked = facts.document(rng, n_facts, n_fillers, self.recipe.questions)
         ids = [self.bos, *self._ids(context)]
@@ -180,15 +183,13 @@ def exact_match(
     return {kind: round(sum(v) / len(v), 3) for kind, v in sorted(hits.items())}
 
 
-def save(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, log: list[Any], out: Path
-) -> None:
-    """Model in half precision, tokenizer, recipe and log."""
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], out: Path) -> None:
+    """Model in half precision, tokenizer and training.json."""
     clone = LlamaForCausalLM(model.config).half()
     clone.load_state_dict(model.state_dict())
     clone.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / LOG).write_text(json.dumps({"recipe": asdict(recipe), "log": log}, indent=1) + "\n")
+    (out / LOG).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def warm_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, start: Path) -> None:
@@ -244,8 +245,11 @@ def train(recipe: Recipe, out: Path, start: Path | None = None, evaluate_every: 
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         )
     )
+    before = {}
     if start is not None:
         warm_start(model, tokenizer, start)
+        if (start / LOG).exists():
+            before["before"] = json.loads((start / LOG).read_text(encoding="utf-8"))
     optimizers = optimizers_of(model, recipe.learning_rate)
     batches = Batches(tokenizer, recipe)
     state: dict[str, Any] = {"step": 0, "seen": 0, "minutes": 0.0, "log": []}
@@ -284,7 +288,7 @@ def train(recipe: Recipe, out: Path, start: Path | None = None, evaluate_every: 
             log.append(row)
             losses.clear()
             _log.info(json.dumps(row))
-            save(model, tokenizer, recipe, log, out)
+            save(model, tokenizer, {"recipe": asdict(recipe), "log": log} | before, out)
             state = {"step": step, "seen": seen, "minutes": minutes, "log": log, "recipe": asdict(recipe)}
             state |= {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             torch.save(state, out / (CHECKPOINT + ".new"))
