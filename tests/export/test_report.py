@@ -289,7 +289,7 @@ def test_full_page_says_what_was_measured(pages: dict[str, str]) -> None:
     ):
         assert part in text
     assert '<tr class="chosen"><td class="n">2</td>' in pages["full"]
-    assert '<tr class="chosen"><td class="n">90 %</td>' in pages["full"]
+    assert '<tr class="chosen"><td class="n">90\u00a0%</td>' in pages["full"]
     assert "prompts of up to 59 tokens stay whole" in text
     assert "prefers-color-scheme:dark" in pages["full"]
 
