@@ -29,7 +29,6 @@ from fstq_export.contract import (
     relative_cost,
     smallest_allowed,
     split,
-    surest,
     within,
 )
 from fstq_infer.errors import OptionError
@@ -137,14 +136,6 @@ class Calibrator:
         self.window = WINDOW if recipe.window is None else recipe.window
         self.candidates = self._candidates()
         self.training, self.held = split(items, recipe.seed)
-        if (best := surest(len(self.held))) > SLACK * recipe.max_quality_drop and recipe.keep is None:
-            _log.warning(
-                "%d held-out items cannot bear out a drop within %g: even without one loss up to %.3g is possible; "
-                "the bundle will be dense. Give more items (--calib, --calib-items) or allow a larger drop",
-                len(self.held),
-                recipe.max_quality_drop,
-                best,
-            )
         self.seconds: dict[str, float] = {}
         self.outcomes: dict[tuple[str, int, float], Outcome] = {}
 
@@ -170,6 +161,15 @@ class Calibrator:
         seen = self._observe(self.training, "observe training items")
         held = self._observe(self.held, "observe held-out items", published=True)
         dense = Outcome(np.array([float(o.exact) for o in held]), np.array([o.nll for o in held]))
+        lossless = bound(dense, dense, dense.metric, self.recipe.seed)
+        if lossless > SLACK * self.recipe.max_quality_drop and self.recipe.keep is None:
+            _log.warning(
+                "%d held-out items cannot bear out a drop within %g: even without one loss up to %.3g is possible, so "
+                "no keep ratio will be claimed. Give more items (--calib, --calib-items) or allow a larger drop",
+                len(held),
+                self.recipe.max_quality_drop,
+                lossless,
+            )
         trials = list(self._distilled(seen, held, dense))
         best = min(trials, key=lambda trial: self._rating(trial, dense))
         spans = [self._trial(best.kind, best.layer, best.score, best.probe.with_span(n), held) for n in SPANS]

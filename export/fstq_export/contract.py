@@ -73,11 +73,6 @@ def bound(dense: Outcome, pruned: Outcome, metric: str, seed: int) -> float:
     return (highest - gained / count) / max(float(dense.exact.mean()), 1e-9)
 
 
-def surest(count: int) -> float:
-    """The :func:`bound` on lost answers where none of ``count`` was lost."""
-    return float(beta.ppf(0.95, 1, count))
-
-
 def within(lost: float, possible: float, allowed: float) -> bool:
     """Whether a measured drop and its :func:`bound` keep the contract."""
     return lost <= allowed and possible <= SLACK * allowed
