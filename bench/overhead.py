@@ -43,8 +43,8 @@ class Timed:
 def main() -> None:
     generator = Generator.load(sys.argv[1])
     engine: Any = generator.engine
-    timed = Timed(engine._session)
-    engine._session = timed
+    timed = Timed(engine._caches.graph.session)
+    engine._caches.graph.session = timed
     rows = []
     for name, options in {
         "greedy": {"temperature": 0.0},

@@ -1,4 +1,4 @@
-"""Which files a graph reads its tensors from, seen in the protobuf wire format: a device has no onnx package.
+"""Which files a graph reads its tensors from, seen in the protobuf wire format, before anything parses the graph.
 
 A hostile model.onnx may name any file of the machine as external data. ONNX Runtime 1.32 refuses what leaves the
 model's directory, 1.24 does not for sparse tensors, and 1.23, the last one for Python 3.10, refuses nothing; other

@@ -23,7 +23,7 @@ from fstq_engines.cache import SIDECAR, Identity, Sidecar
 from fstq_engines.external import check_external_data
 from fstq_infer.atomic import atomic_directory, sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
-from fstq_infer.errors import BundleError, EngineError
+from fstq_infer.errors import BundleError, EngineError, MissingExtraError
 from fstq_infer.machine import peak_rss
 from fstq_infer.runtime.ort import MODEL, OrtEngine, brief, import_onnxruntime, session_options
 
@@ -138,17 +138,40 @@ def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, 
     say(f"built {target} in {sidecar.build_seconds:.1f} s")
 
 
+def _lowered(bundle: Bundle) -> bytes:
+    """The bundle's graph with a cache that is written in place, where this onnxruntime can; weights left outside."""
+    try:
+        import onnx_ir as ir
+
+        from fstq_engines.static_cache import StaticCache, probe_model
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("Building an engine", error.name or "onnx_ir", "ort") from error
+    model = ir.load(bundle.file(MODEL))
+    try:
+        import_onnxruntime().InferenceSession(probe_model(), session_options(1), providers=["CPUExecutionProvider"])
+    except Exception:  # ONNX Runtime's exceptions have no common base
+        _log.info("this onnxruntime has no TensorScatter: the engine will copy its cache at each call")
+    else:
+        try:
+            model = StaticCache([stage.layer for stage in bundle.manifest.stages])(model).model
+        except (ir.passes.PassError, ir.passes.InvariantError) as error:
+            raise EngineError(f"{bundle.file(MODEL)} is not built as expected: {error}. Export it again.") from error
+    serialized: bytes = ir.to_proto(model).SerializeToString()
+    return serialized
+
+
 def _optimise(bundle: Bundle, out: Path, threads: int | None) -> None:
-    """Write the optimised graph and its weights into ``out``."""
-    ort, options = import_onnxruntime(), session_options(threads)
+    """Write the lowered and optimised graph and its weights into ``out``."""
+    ort, options, graph = import_onnxruntime(), session_options(threads), _lowered(bundle)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(out / MODEL)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_min_size_in_bytes", str(INLINE_BYTES)
     )
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     try:
-        ort.InferenceSession(str(bundle.file(MODEL)), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise EngineError(
             f"onnxruntime {ort.__version__} cannot optimise {bundle.file(MODEL)}: {brief(error)}"

@@ -77,12 +77,12 @@ def run(engine: Engine, made: Sequence[Case]) -> list[Output]:
             ids[row, -length:] = tokens[:length]
             positions[row, -length:] = np.arange(length)
         step = engine.forward(ids, positions, case.keep, engine.empty_cache(len(lengths)))
-        kept, logits = step.kept, [step.logits]
+        kept, logits = step.kept, [step.logits.copy()]
         for number in range(DECODE_STEPS):
             ids = np.array([[tokens[length + number]] for tokens, length in zip(case.rows, lengths, strict=True)])
             positions = np.array([[length + number] for length in lengths], np.int64)
             step = engine.forward(ids, positions, np.ones_like(case.keep), step.cache)
-            logits.append(step.logits)
+            logits.append(step.logits.copy())
         outputs.append(Output(tuple(logits), kept))
     return outputs
 

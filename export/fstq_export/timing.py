@@ -21,7 +21,8 @@ from fstq_export import segments
 from fstq_infer.machine import description
 from fstq_infer.runtime.engine import Stage
 from fstq_infer.runtime.options import keep_counts, keep_ratios
-from fstq_infer.runtime.ort import EMPTY, brief, import_onnxruntime, session_options
+from fstq_infer.runtime.ort import brief, import_onnxruntime, session_options
+from fstq_infer.runtime.ort_caches import EMPTY
 
 LARGEST = 200_000_000  # parameters; above, a second copy of the weights costs too much memory and time
 RANDOM_TOKENS = 256

@@ -33,7 +33,7 @@ class Cache(Protocol):
 class Step:
     """Result of one call.
 
-    logits: (batch, vocab) float32 of each row's last token.
+    logits: (batch, vocab) float32 of each row's last token; the next call may write into the same memory.
     kept: for each stage, (batch, kept) columns of the call's ids that stayed, -1 for padding.
     cache: what the next call continues from.
     """

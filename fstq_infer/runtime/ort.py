@@ -1,7 +1,7 @@
 """The ONNX Runtime backend: a graph of contract 1 behind the engine protocol. Knows no cache of engines and no text.
 
-Keys and values stay OrtValues from call to call: what comes out as ``present.*`` goes in again as ``past_*``, on the
-device it lies on, and is never seen as an array. Only ids, positions, logits and kept indices are.
+Only ids, positions, logits and kept indices are looked at; how keys and values get from call to call is told in
+:mod:`fstq_infer.runtime.ort_caches`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,7 @@ from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, MissingExtraError, OptionError
 from fstq_infer.machine import physical_cores
 from fstq_infer.runtime.engine import Int64, Stage, Step
+from fstq_infer.runtime.ort_caches import LENGTHS, Graph, ReturnedCache, ReturnedCaches, SharedCache, SharedCaches
 
 MODEL = "model.onnx"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -27,39 +27,13 @@ Port = tuple[tuple[str, ...], int]  # accepted types, and rank
 INDICES: Port = (("tensor(int64)",), 2)
 LOGITS: Port = (("tensor(float)", "tensor(float16)"), 3)
 CACHED: Port = ((*LOGITS[0], "tensor(bfloat16)"), 4)  # NumPy has no bfloat16, but nobody looks into a cache
-EMPTY: dict[str, tuple[type[np.generic], int]] = {  # a NumPy type of that size, and TensorProto.DataType
-    "tensor(int64)": (np.int64, 7),
-    "tensor(float)": (np.float32, 1),
-    "tensor(float16)": (np.float16, 10),
-    "tensor(bfloat16)": (np.uint16, 16),
-}
 ERRORS_ONLY = 3
-
-
-@dataclass(slots=True, eq=False)  # not frozen: that would triple the time to make one, and each token makes one
-class OrtCache:
-    """A vector of OrtValues; from ``first`` on positions of each group, then key and value of each layer.
-
-    It is what ONNX Runtime returned, as it is: taking a value out of it and dropping it at once costs a quarter of
-    keeping them all as Python objects. ``session`` must outlive it. Nothing in it changes.
-    """
-
-    batch: int
-    values: Any = field(repr=False)
-    first: int = field(repr=False)
-    groups: int = field(repr=False)
-    session: Any = field(repr=False)
-
-    @property
-    def bytes(self) -> int:
-        """Memory held by keys and values."""
-        return sum(self.values[i].tensor_size_in_bytes() for i in range(self.first + self.groups, len(self.values)))
 
 
 class OrtEngine:
     """One session over ``directory``/model.onnx.
 
-    The graph is run as it is on the CPU: an engine directory holds it optimised already, a bundle's own directory
+    The graph is run as it is on the CPU: an engine directory holds it lowered and optimised, a bundle's own directory
     does not (that is the reference an engine is compared with). On CUDA, ONNX Runtime optimises it while loading.
     """
 
@@ -76,24 +50,30 @@ class OrtEngine:
         self._stages, self._vocab, self._positions = bundle.manifest.stages, model.vocab_size, model.max_positions
         path = Path(directory, MODEL)
         self._session = _open(self._ort, path, threads, provider)
+        in_place = any(port.name == LENGTHS for port in self._session.get_inputs())
         inputs, outputs = contract(model.layers, len(self._stages))
         _check(path, self._session, inputs, outputs, len(self._stages), self._vocab)
-        self._feeds, self._fetches = list(inputs), list(outputs)
-        self._fixed = 2 + bool(self._stages)  # ids, positions and keep; the cache follows
-        self._groups = len(self._stages) + 1
-        self._options = self._ort.RunOptions()
-        self._options.log_severity_level = ERRORS_ONLY
-        native = _native(self._ort)
-        self._vector, self._value = native.OrtValueVector, native.OrtValue
+        fixed, groups = 2 + bool(self._stages), len(self._stages) + 1  # ids, positions and keep; the cache follows
+        native, options = _native(self._ort), self._ort.RunOptions()
+        options.log_severity_level = ERRORS_ONLY
         self._cpu = self._ort.OrtDevice.make("cpu", 0)._get_c_device()
         where = self._ort.OrtDevice.make(provider, 0)._get_c_device()
-        cached = 2 * model.layers + self._groups
-        self._devices = [self._cpu] * (len(outputs) - cached) + [where] * cached
-        self._narrow = _named(self._session.get_outputs(), ["logits"])[0].type != "tensor(float)"
-        self._shapes = [(i.type, i.shape) for i in _named(self._session.get_inputs(), self._feeds[self._fixed :])]
-        self._empty: dict[int, OrtCache] = {}
-        self._arrays: list[Any] = []
-        self._given: tuple[Int64 | None, ...] = (None, None, None)
+        graph = Graph(
+            self._session,
+            native,
+            options,
+            list(inputs),
+            list(outputs),
+            [(port.type, port.shape) for port in _named(self._session.get_inputs(), list(inputs)[fixed:])],
+            groups,
+            [self._cpu] * groups + [where] * (len(inputs) - fixed),
+        )
+        borders = [0, *(stage.layer for stage in self._stages), model.layers]
+        self._caches: ReturnedCaches | SharedCaches = (
+            SharedCaches(graph, np.diff(borders).tolist(), self._vocab) if in_place else ReturnedCaches(graph)
+        )
+        self._value, self._fixed = native.OrtValue, fixed
+        self._given: tuple[Int64, ...] = (np.empty((0, 0), np.int64),) * 3  # nobody's
         self._values: list[Any] = []
         self._first: dict[int, tuple[Int64, ...]] = {}
 
@@ -112,29 +92,18 @@ class OrtEngine:
         """Width of the logits."""
         return self._vocab
 
-    def empty_cache(self, batch: int) -> OrtCache:
+    def empty_cache(self, batch: int) -> ReturnedCache | SharedCache:
         """A cache without tokens for ``batch`` rows; the same object for the same number of rows."""
         if batch < 1:
             raise EngineError(f"a cache for {batch} rows is not possible; expected at least one row")
-        if batch not in self._empty:
-            made: dict[tuple[Any, ...], Any] = {}  # layers of one shape share one value
-            values = self._vector()
-            for kind, shape in self._shapes:
-                full = (kind, batch, *shape[1:2], 0, *shape[3:]) if len(shape) == 4 else (kind, batch, 0)
-                if full not in made:
-                    array = np.empty(full[1:], EMPTY[kind][0])
-                    self._arrays.append(array)  # an OrtValue made by ONNX Runtime would have no address: 1.23 minds
-                    made[full] = self._value.ortvalue_from_numpy_with_onnx_type(array, EMPTY[kind][1])
-                values.push_back(made[full])
-            self._empty[batch] = OrtCache(batch, values, 0, self._groups, self._session)
-        return self._empty[batch]
+        return self._caches.empty(batch)
 
     def forward(self, input_ids: Int64, position_ids: Int64, keep: Int64, cache: Any) -> Step:
         """Run one call: ids and positions (batch, sequence), keep (batch, stages); see docs/bundle-format.md.
 
         Raises EngineError for shapes that do not fit together, and for what ONNX Runtime reports.
         """
-        if not isinstance(cache, OrtCache) or cache.session is not self._session:
+        if not isinstance(cache, (ReturnedCache, SharedCache)) or cache.session is not self._caches.graph.session:
             raise EngineError("the cache is not of this engine; begin with the engine's own empty_cache()")
         batch, stages, shape = cache.batch, len(self._stages), input_ids.shape
         if len(shape) != 2 or shape[0] != batch or shape[1] < 1 or position_ids.shape != shape:
@@ -146,27 +115,18 @@ class OrtEngine:
             raise EngineError(f"keep has the shape {keep.shape}, expected {(batch, stages)}: rows, pruning stages")
         if input_ids is not self._given[0] or position_ids is not self._given[1] or keep is not self._given[2]:
             self._wrap(input_ids, position_ids, keep)
-        feeds, fetched = self._vector(), self._vector()
-        feeds.reserve(len(self._feeds))
-        push, cached = feeds.push_back, cache.values
-        for value in self._values:
-            push(value)
-        for index in range(cache.first, len(cached)):
-            push(cached[index])
         try:
-            self._session.run_with_ortvaluevector(
-                self._options, self._feeds, feeds, self._fetches, fetched, self._devices
-            )
+            found, made = self._caches.run(self._values, self._given, cache)
+        except EngineError:
+            raise
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise EngineError(f"ONNX Runtime failed on {batch} x {shape[1]} tokens: {brief(error)}") from error
-        logits = fetched[0].numpy()[:, 0]  # a view of the value's memory
-        if self._narrow:
+        logits = found[0][:, 0]
+        if logits.itemsize != 4:
             logits = logits.astype(np.float32)
-        if shape[1] > 1:
-            kept = tuple(fetched[index].numpy() for index in range(1, self._groups))
-        else:  # a token alone stays; looking takes longer
-            kept = self._alone(batch, position_ids)
-        return Step(logits, kept, OrtCache(batch, fetched, self._groups, self._groups, self._session))
+        # A token alone stays; looking takes longer.
+        kept = tuple(found[1:]) if shape[1] > 1 else self._alone(batch, position_ids)
+        return Step(logits, kept, made)
 
     def _alone(self, batch: int, position_ids: Int64) -> tuple[Int64, ...]:
         """Kept indices of single tokens; the same arrays for the same number of rows where none is padding."""
@@ -273,7 +233,7 @@ def _check(
     ):
         by_name = {item.name: item for item in found}
         wrong += [f"{what} {name} is missing" for name in expected if name not in by_name]
-        wrong += [f"{what} {name} is not expected" for name in by_name if name not in expected]
+        wrong += [f"{what} {name} is not expected" for name in by_name if name not in expected and name != LENGTHS]
         for name, (types, rank) in expected.items():
             item = by_name.get(name)
             if item is not None and (item.type not in types or len(item.shape) != rank):

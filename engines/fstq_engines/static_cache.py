@@ -1,0 +1,137 @@
+"""Pass for ONNX Runtime: keys, values and positions are written in place instead of being copied at each call.
+
+Concatenation of past and new becomes TensorScatter (opset 24) into a buffer that is graph input and output at once; a
+new input ``past_lengths`` (groups,) says where each group's free columns begin. Masks need no change: they come from
+positions, and those of free columns are -1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult, PreconditionError
+
+from fstq_infer.runtime.ort_caches import LENGTHS
+
+OPSET = 24
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+
+
+class StaticCache(InPlacePass):
+    """borders: first layer of each group but the first, that is, the layers of the pruning stages."""
+
+    def __init__(self, borders: Sequence[int]) -> None:
+        super().__init__()
+        self.borders = borders
+
+    def requires(self, model: ir.Model) -> None:
+        names = {value.name for value in model.graph.inputs}
+        missing = [n for g in range(len(self.borders) + 1) if (n := f"past_positions.{g}") not in names]
+        if missing or LENGTHS in names:
+            raise PreconditionError(f"a graph of contract 1 is needed; {missing or LENGTHS} is amiss")
+
+    def call(self, model: ir.Model) -> PassResult:
+        graph = model.graph
+        model.opset_imports[""] = max(OPSET, model.opset_imports[""])
+        groups = len(self.borders) + 1
+        lengths = ir.Value(name=LENGTHS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([groups]))
+        tape = ir.tape.Tape()
+        rows = tape.op("Shape", [graph.inputs[0]], {"start": 0, "end": 1})
+        at = []
+        for group in range(groups):
+            own = tape.op("Slice", [lengths, _constant(graph, group), _constant(graph, group + 1)])
+            at.append(tape.op("Expand", [own, rows]))
+        graph.insert_before(graph[0], tape.nodes)
+        first = next(i for i, value in enumerate(graph.inputs) if (value.name or "").startswith("past_"))
+        graph.inputs.insert(first, lengths)
+        outputs = {value.name: value for value in graph.outputs}
+        for group in range(groups):
+            self._positions(graph, group, at[group], outputs[f"present_positions.{group}"])
+        for node in [node for node in graph if node.op_type == "Attention"]:
+            self._attention(graph, node, at)
+        return PassResult(model, True)
+
+    def _positions(self, graph: ir.Graph, group: int, at: ir.Value, present: ir.Value) -> None:
+        concat = present.producer()
+        past = concat.inputs[0] if concat is not None and concat.op_type == "Concat" else None
+        if concat is None or past is None:
+            raise PreconditionError(f"{present.name} is made by {concat and concat.op_type}, expected a Concat")
+        tape = ir.tape.Tape()
+        made = tape.op("TensorScatter", [*concat.inputs, at], {"axis": 1})
+        _replace(graph, tape, concat, {present: made})
+        for value in (past, made):
+            value.shape = ir.Shape(["batch", f"room_{group}"])
+
+    def _attention(self, graph: ir.Graph, node: ir.Node, at: Sequence[ir.Value]) -> None:
+        query, key, value, mask, past_key, past_value = node.inputs[:6]
+        match = _PAST.fullmatch(str(past_key.name)) if past_key is not None else None
+        if past_key is None or past_value is None or match is None:
+            raise PreconditionError(f"{node.name} does not read its past keys and values from the graph's inputs")
+        group = sum(int(match.group(1)) >= border for border in self.borders)
+        tape, attributes = ir.tape.Tape(), dict(node.attributes)
+        heads = [attributes.pop(name).as_int() for name in ("q_num_heads", "kv_num_heads") if name in attributes]
+        states = [query, key, value]
+        if heads:
+            counts = [heads[0], heads[-1], heads[-1]]
+            states = [_split(graph, tape, state, count) for state, count in zip(states, counts, strict=True)]
+        made = [
+            tape.op("TensorScatter", [past, state, at[group]], {"axis": 2})
+            for past, state in zip((past_key, past_value), states[1:], strict=True)
+        ]
+        out = tape.op("Attention", [states[0], *made, mask], {name: a.value for name, a in attributes.items()})
+        if heads:
+            out = tape.op("Reshape", [tape.op("Transpose", [out], {"perm": [0, 2, 1, 3]}), _constant(graph, 0, 0, -1)])
+        result, present_key, present_value = node.outputs[:3]
+        shape = past_key.shape
+        _replace(graph, tape, node, {result: out, present_key: made[0], present_value: made[1]})
+        for past, present in zip((past_key, past_value), made, strict=True):
+            if shape is not None:
+                past.shape = present.shape = ir.Shape([f"room_{group}" if i == 2 else d for i, d in enumerate(shape)])
+
+
+def probe_model() -> bytes:
+    """A model with nothing but a TensorScatter: a backend that cannot load it cannot write caches in place."""
+    kinds = {"past": ir.DataType.FLOAT, "new": ir.DataType.FLOAT, "at": ir.DataType.INT64}
+    inputs = [
+        ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(["b"] if name == "at" else ["b", 1, name, 1]))
+        for name, kind in kinds.items()
+    ]
+    node = ir.node("TensorScatter", inputs, {"axis": 2})
+    (made,) = node.outputs
+    made.name, made.type, made.shape = "present", inputs[0].type, inputs[0].shape
+    graph = ir.Graph(inputs, [made], nodes=[node], opset_imports={"": OPSET}, name="probe")
+    serialized: bytes = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    return serialized
+
+
+def _constant(graph: ir.Graph, *numbers: int) -> ir.Value:
+    """A 1-D int64 initializer; equal ones are shared."""
+    name = f"fstq/static/{numbers}"
+    if name not in graph.initializers:
+        tensor = ir.tensor(list(numbers), dtype=ir.DataType.INT64, name=name)
+        kind = ir.TensorType(ir.DataType.INT64)
+        made = ir.Value(name=name, type=kind, shape=ir.Shape([len(numbers)]), const_value=tensor)
+        graph.initializers[name] = made
+    return graph.initializers[name]
+
+
+def _split(graph: ir.Graph, tape: ir.tape.Tape, state: ir.Value | None, heads: int) -> ir.Value:
+    """(B, S, heads x size) -> (B, heads, S, size)."""
+    apart = tape.op("Reshape", [state, _constant(graph, 0, 0, heads, -1)])
+    return tape.op("Transpose", [apart], {"perm": [0, 2, 1, 3]})
+
+
+def _replace(graph: ir.Graph, tape: ir.tape.Tape, node: ir.Node, values: dict[ir.Value, ir.Value]) -> None:
+    """Put the tape's nodes in place of ``node``, whose outputs keep their names."""
+    graph.insert_before(node, tape.nodes)
+    outputs = list(graph.outputs)
+    for old, new in values.items():
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+        for user, index in list(old.uses()):
+            user.replace_input_with(index, new)
+        for index, out in enumerate(outputs):
+            if out is old:
+                graph.outputs[index] = new
+    graph.remove(node, safe=True)

@@ -1,0 +1,98 @@
+"""fstq_engines.static_cache: which nodes the pass leaves, what it refuses, and engines where it cannot be used."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("onnxruntime", reason="the ONNX Runtime backend needs the 'ort' extra")
+ir = pytest.importorskip("onnx_ir", reason="building an engine needs the 'ort' extra")
+
+from fstq_engines import ort  # noqa: E402
+from fstq_engines.static_cache import OPSET, StaticCache, probe_model  # noqa: E402
+from onnx_ir.passes import PreconditionError  # noqa: E402
+
+from fstq_infer.bundle import Bundle  # noqa: E402
+from fstq_infer.errors import EngineError, MissingExtraError  # noqa: E402
+from fstq_infer.runtime.ort import MODEL, OrtEngine  # noqa: E402
+from fstq_infer.runtime.ort_caches import LENGTHS, ReturnedCache, SharedCache  # noqa: E402
+
+
+@pytest.fixture
+def model(tiny_bundle: Bundle) -> Any:
+    return ir.load(tiny_bundle.file(MODEL))
+
+
+def test_every_cache_is_scattered_into_and_nothing_else_changes(model: Any, tiny_bundle: Bundle) -> None:
+    before = Counter(node.op_type for node in model.graph)
+    ends = [[value.name for value in side] for side in (model.graph.inputs, model.graph.outputs)]
+    after = Counter(node.op_type for node in StaticCache([1, 3])(model).model.graph)
+    layers, groups = tiny_bundle.manifest.model.layers, 3
+    assert after["TensorScatter"] == 2 * layers + groups and after["Attention"] == before["Attention"] == layers
+    assert after["Concat"] == before["Concat"] - groups
+    changed = {"TensorScatter", "Concat", "Slice", "Expand", "Shape", "Reshape", "Transpose"}
+    assert {op for op in before | after if before[op] != after[op]} <= changed
+    inputs, outputs = ([value.name for value in side] for side in (model.graph.inputs, model.graph.outputs))
+    assert outputs == ends[1] and [name for name in inputs if name != LENGTHS] == ends[0] and LENGTHS in inputs
+    assert model.opset_imports[""] == OPSET
+    outs = {value.name: value for value in model.graph.outputs}
+    for past in model.graph.inputs[4:]:
+        present = outs[past.name.replace("past_key_values", "present").replace("past_positions", "present_positions")]
+        assert past.shape == present.shape and past.dtype == present.dtype
+
+
+def test_a_graph_is_lowered_once(model: Any) -> None:
+    lowered = StaticCache([1, 3])(model).model
+    with pytest.raises(PreconditionError, match="contract 1"):
+        StaticCache([1, 3])(lowered)
+
+
+def test_a_graph_with_fewer_groups_than_stages_is_refused(model: Any) -> None:
+    with pytest.raises(PreconditionError, match=r"past_positions\.3"):
+        StaticCache([1, 2, 3])(model)
+
+
+def test_a_graph_whose_cache_is_made_otherwise_is_an_engine_error(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = ir.load
+
+    def odd(path: Any) -> Any:
+        model = load(path)
+        next(node for node in model.graph if node.op_type == "Attention").replace_input_with(4, None)
+        return model
+
+    monkeypatch.setattr(ir, "load", odd)
+    with pytest.raises(EngineError, match=r"not built as expected.*past keys"):
+        ort.build(tiny_bundle, directory=tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_an_older_onnxruntime_gets_the_graph_as_it_is(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engines = [OrtEngine(ort.build(tiny_bundle, directory=tmp_path / "new"), tiny_bundle)]
+    monkeypatch.setattr("fstq_engines.static_cache.probe_model", lambda: b"not a model")
+    with caplog.at_level(logging.INFO):
+        engines.append(OrtEngine(ort.build(tiny_bundle, directory=tmp_path / "old"), tiny_bundle))
+    assert "no TensorScatter" in caplog.text
+    assert [type(engine.empty_cache(1)) for engine in engines] == [SharedCache, ReturnedCache]
+
+
+def test_building_without_onnx_ir_names_the_extra(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnx_ir", None)
+    with pytest.raises(MissingExtraError, match=r"fstq-infer\[ort\]"):
+        ort.build(tiny_bundle, directory=tmp_path / "engine")
+
+
+def test_the_probe_model_is_a_model() -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(probe_model(), providers=["CPUExecutionProvider"])
+    assert [port.name for port in session.get_inputs()] == ["past", "new", "at"]
