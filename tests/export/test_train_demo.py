@@ -33,7 +33,9 @@ TINY = Recipe(
     kv_heads=1,
     feed_forward=32,
     positions=512,
-    tokens_per_step=256,
+    tokens_per_batch=128,
+    batches=2,
+    head_size=8,
     tokens=6_500,
     narrative_tokens=1_500,
     ramp_from=2_000,
@@ -189,9 +191,11 @@ def test_the_logged_loss_is_the_mean_since_the_last_evaluation(
 
     monkeypatch.setattr(train, "loss_of", noted)
     log = logged(run(tmp_path))
-    assert len(log) > 2 and log == logged(whole) and log[-1]["step"] == len(losses)
+    parts = TINY.batches
+    assert len(log) > 2 and log == logged(whole) and log[-1]["step"] * parts == len(losses)
     for row, since in zip(log, [0, *(row["step"] for row in log)], strict=False):
-        assert row["loss"] == pytest.approx(sum(losses[since : row["step"]]) / (row["step"] - since), abs=6e-5)
+        mine = losses[since * parts : row["step"] * parts]
+        assert row["loss"] == pytest.approx(sum(mine) / len(mine), abs=6e-5)
 
 
 def test_the_saved_model_loads_in_half_precision(whole: Path) -> None:
@@ -260,11 +264,11 @@ def test_a_batch_depends_on_seed_step_and_tokens_alone(
     step: int, seen: int, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     batches = Batches(tokenizer, TINY)
-    first = batches.batch(step, seen)
-    batches.batch(step + 1, seen)
-    for ids, labels in (batches.batch(step, seen), Batches(tokenizer, TINY).batch(step, seen)):
+    first = batches.batch(step, 0, seen)
+    batches.batch(step + 1, 0, seen)
+    for ids, labels in (batches.batch(step, 0, seen), Batches(tokenizer, TINY).batch(step, 0, seen)):
         assert torch.equal(ids, first[0]) and torch.equal(labels, first[1])
-    for others in (batches.batch(step + 1, seen), Batches(tokenizer, replace(TINY, seed=4)).batch(step, seen)):
+    for others in (batches.batch(step + 1, 0, seen), Batches(tokenizer, replace(TINY, seed=4)).batch(step, 0, seen)):
         assert others[0].shape != first[0].shape or not torch.equal(others[0], first[0])
 
 
@@ -296,7 +300,7 @@ def test_rows_are_padded_without_loss(tokenizer: PreTrainedTokenizerFast, monkey
     questions = Batches.questions
     monkeypatch.setattr(Batches, "questions", lambda *given: made.append(questions(*given)) or made[-1])
     monkeypatch.setattr(Batches, "narrative", Batches.questions)
-    ids, labels = Batches(tokenizer, replace(TINY, tokens_per_step=2_000)).batch(3, 3_000)
+    ids, labels = Batches(tokenizer, replace(TINY, tokens_per_batch=2_000)).batch(3, 0, 3_000)
     assert len(made) == len(ids) > 2 and len({len(row) for row, _ in made}) > 1
     for i, (row, carried) in enumerate(made):
         assert ids[i].tolist() == row + [tokenizer.eos_token_id] * (ids.shape[1] - len(row))
@@ -308,13 +312,13 @@ def test_contexts_grow_with_the_tokens_seen(
 ) -> None:
     """Lengths asked for, before, on and after the ramp; narratives have their own."""
     asked: dict[int, list[float]] = {0: [], 2_000: [], 3_000: [], 4_000: [], 6_000: []}
-    row = ([0] * TINY.tokens_per_step, [True] * TINY.tokens_per_step)
+    row = ([0] * TINY.tokens_per_batch, [True] * TINY.tokens_per_batch)
     told: list[float] = []
     monkeypatch.setattr(Batches, "narrative", lambda _self, _rng, length: told.append(length) or row)
     for seen, lengths in asked.items():
         monkeypatch.setattr(Batches, "questions", lambda _self, _rng, length, to=lengths: to.append(length) or row)
         for step in range(400):
-            Batches(tokenizer, TINY).batch(step, seen)
+            Batches(tokenizer, TINY).batch(step, 0, seen)
     assert [20 <= min(lengths) < 30 for lengths in asked.values()] == [True] * 5
     assert [max(lengths) for lengths in asked.values()] == pytest.approx([60, 60, 90, 120, 120], abs=2)
     assert all(max(lengths) <= most for lengths, most in zip(asked.values(), (60, 60, 90, 120, 120), strict=True))
@@ -325,14 +329,14 @@ def test_contexts_grow_with_the_tokens_seen(
 def test_narratives_prevail_at_the_start_alone(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = ([0] * TINY.tokens_per_step, [True] * TINY.tokens_per_step)
+    row = ([0] * TINY.tokens_per_batch, [True] * TINY.tokens_per_batch)
     told: list[int] = []
     monkeypatch.setattr(Batches, "narrative", lambda *_: told.append(1) or row)
     monkeypatch.setattr(Batches, "questions", lambda *_: told.append(0) or row)
     for recipe, seen, share in ((TINY, 1_499, 0.7), (TINY, 1_500, 0.1), (replace(TINY, narrative_tokens=0), 0, 0.1)):
         told.clear()
         for step in range(400):
-            Batches(tokenizer, recipe).batch(step, seen)
+            Batches(tokenizer, recipe).batch(step, 0, seen)
         assert sum(told) / len(told) == pytest.approx(share, abs=0.06)
 
 
@@ -349,8 +353,8 @@ def test_a_batch_has_as_many_rows_as_its_tokens_take(
         )
     for step in range(20):
         made.clear()
-        assert len(Batches(tokenizer, TINY).batch(step, seen)[0]) == len(made)
-        assert sum(made[:-1]) < TINY.tokens_per_step <= sum(made)
+        assert len(Batches(tokenizer, TINY).batch(step, 0, seen)[0]) == len(made)
+        assert sum(made[:-1]) < TINY.tokens_per_batch <= sum(made)
 
 
 # ---- loss, judging, schedule -------------------------------------------------------------------------------------
@@ -418,7 +422,7 @@ def test_both_optimizers_follow_the_rate(quick: None, tmp_path: Path, monkeypatc
     rates: list[float] = []
     rate = train._rate
     monkeypatch.setattr(train, "_rate", lambda *given: rates.append(rate(*given)) or rates[-1])
-    for tokens in (300, 900):
+    for tokens in (600, 2_400):
         run(tmp_path, replace(TINY, tokens=tokens))
         saved = torch.load(tmp_path / CHECKPOINT, weights_only=True)["optimizers"]
         assert [[group["lr"] for group in one["param_groups"]] for one in saved] == [[rates[-1]]] * 2

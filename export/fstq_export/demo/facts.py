@@ -19,13 +19,16 @@ from typing import Any
 from fstq_infer.errors import OptionError
 
 SPLITS = ("train", "valid", "test")
-KINDS = ("single", "single", "single", "which", "choice", "linked", "absent")
-TRAINING_KINDS = ("single", "which", "which", "which", "choice", "choice", "linked", "linked", "linked", "absent")
+KINDS = ("single", "single", "both", "which", "choice", "linked", "absent")
+TRAINING_KINDS = ("single", "single", "both", "both", "which", "which", "choice", "choice", "linked", "absent")
 
 _CONSONANTS = "bdfgklmnprstvz"
-_HEADS = [a + b for a in _CONSONANTS for b in ("al", "en", "ir", "or", "un")]
-_TAILS = [a + b for a in _CONSONANTS for b in ("as", "ek", "im", "os", "ut")]
-NAME_TAIL = rf"(?<=\b[A-Z](?:al|en|ir|or|un))[{_CONSONANTS}](?:as|ek|im|os|ut)\b"  # the second part of a made-up name
+_HEAD_ENDS = ("al", "ap", "en", "eb", "ir", "ig", "or", "od", "un", "uf")
+_TAIL_ENDS = ("as", "az", "ek", "el", "im", "iv", "os", "on", "ut", "ur")
+_HEADS = [a + b for a in _CONSONANTS for b in _HEAD_ENDS]
+_TAILS = [a + b for a in _CONSONANTS for b in _TAIL_ENDS]
+# The second part of a made-up name.
+NAME_TAIL = rf"(?<=\b[A-Z](?:{'|'.join(_HEAD_ENDS)}))[{_CONSONANTS}](?:{'|'.join(_TAIL_ENDS)})\b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +191,16 @@ class World:
         left = list(self.facts)
         asked: list[tuple[str, str, str]] = []
         while left and len(asked) < count:
-            kind = self.rng.choice(kinds)
+            kind = wanted = self.rng.choice(kinds)
             fact = self.rng.choice([f for f in left if self._fits(f, kind)] or left)
             question, answer, kind = self._ask(fact, kind)
-            asked.append((self.language.frame.format(q=question), answer + ".", kind))
             if kind != "absent":
                 left.remove(fact)
+            if kind == "single" and wanted == "both" and left:
+                second = left.pop(self.rng.randrange(len(left)))
+                kind, question = "both", f"{question} {second.relation.asks.format(s=second.subject)}"
+                answer = f"{answer}, {second.value}"
+            asked.append((self.language.frame.format(q=question), answer + ".", kind))
         return asked
 
     def _fits(self, fact: Fact, kind: str) -> bool:
@@ -207,7 +214,7 @@ class World:
         name, language = fact.relation.name, self.language
         if kind == "absent":
             return self._absent(fact.relation), language.absent, kind
-        if not self._fits(fact, kind):
+        if kind == "both" or not self._fits(fact, kind):
             kind = "single"
         if kind == "which":
             return language.which[name].format(v=fact.value), fact.subject, kind

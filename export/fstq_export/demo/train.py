@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fstq_export.demo import facts
+from fstq_export.demo.grow import chunked_attention, warm_start
 from fstq_infer.errors import OptionError
 
 BOS, EOS = "<s>", "</s>"
@@ -47,13 +48,15 @@ class Recipe:
 
     seed: int = 7
     vocabulary: int = 2048
-    width: int = 128
+    width: int = 192
     layers: int = 6
     heads: int = 4
     kv_heads: int = 2
+    head_size: int = 64
     feed_forward: int = 384
     positions: int = 2048
-    tokens_per_step: int = 4096
+    tokens_per_batch: int = 4096
+    batches: int = 2
     learning_rate: float = 3e-3
     tokens: int = 22_000_000
     narrative_tokens: int = 0
@@ -140,9 +143,9 @@ class Batches:
             ids, labels = ids + q + a, labels + [False] * len(q) + [True] * len(a)
         return [*ids, self.eos], [*labels, True]
 
-    def batch(self, step: int, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, part: int, seen: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, tokens) ids, padded with the end token, and loss mask, after ``seen`` tokens of training."""
-        recipe, rng = self.recipe, random.Random(f"{self.recipe.seed}/{step}")
+        recipe, rng = self.recipe, random.Random(f"{self.recipe.seed}/{step}/{part}")
         start = seen < recipe.narrative_tokens
         grown = min(1.0, max(0.0, (seen - recipe.ramp_from) / (recipe.ramp_to - recipe.ramp_from)))
         length = rng.uniform(20, recipe.shortest + (recipe.longest - recipe.shortest) * grown)
@@ -150,7 +153,7 @@ class Batches:
         if tell:
             length = rng.uniform(80, 400)
         rows: list[Row] = []
-        while sum(len(ids) for ids, _ in rows) < recipe.tokens_per_step:
+        while sum(len(ids) for ids, _ in rows) < recipe.tokens_per_batch:
             rows.append(self.narrative(rng, length) if tell else self.questions(rng, length))
         width = max(len(ids) for ids, _ in rows)
         ids = torch.full((len(rows), width), self.eos)
@@ -185,28 +188,13 @@ def exact_match(
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], out: Path) -> None:
     """Model in half precision, tokenizer and training.json."""
-    clone = LlamaForCausalLM(model.config).half()
+    config = LlamaConfig.from_dict(model.config.to_dict())
+    config._attn_implementation = "sdpa"
+    clone = LlamaForCausalLM(config).half()
     clone.load_state_dict(model.state_dict())
     clone.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / LOG).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def warm_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, start: Path) -> None:
-    """Weights of an earlier model of the same shape; its token embeddings where both vocabularies have the token."""
-    earlier = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-    old = PreTrainedTokenizerFast.from_pretrained(start).get_vocab()
-    rows = model.get_input_embeddings().weight.detach().clone()
-    known = earlier.get_input_embeddings().weight.detach()
-    for token, new_id in tokenizer.get_vocab().items():
-        if token in old:
-            rows[new_id] = known[old[token]]
-    weights = {
-        name: value for name, value in earlier.state_dict().items() if "embed" not in name and "head" not in name
-    }
-    model.load_state_dict(weights, strict=False)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.copy_(rows)
 
 
 def optimizers_of(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
@@ -238,6 +226,7 @@ def train(recipe: Recipe, out: Path, start: Path | None = None, evaluate_every: 
             num_hidden_layers=recipe.layers,
             num_attention_heads=recipe.heads,
             num_key_value_heads=recipe.kv_heads,
+            head_dim=recipe.head_size,
             max_position_embeddings=recipe.positions,
             bos_token_id=0,
             eos_token_id=1,
@@ -245,6 +234,8 @@ def train(recipe: Recipe, out: Path, start: Path | None = None, evaluate_every: 
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         )
     )
+    AttentionInterface.register("chunked", chunked_attention)
+    model.set_attn_implementation("chunked")
     before = {}
     if start is not None:
         warm_start(model, tokenizer, start)
@@ -268,17 +259,20 @@ def train(recipe: Recipe, out: Path, start: Path | None = None, evaluate_every: 
         torch.autocast("cpu", dtype=torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else nullcontext()
     )
     while seen < recipe.tokens:
-        ids, labels = batches.batch(step, seen)
         model.zero_grad()
-        with half:
-            loss = loss_of(model, ids, labels)
-        torch.autograd.backward(loss)
+        total, tokens = 0.0, 0
+        for part in range(recipe.batches):
+            ids, labels = batches.batch(step, part, seen)
+            with half:
+                loss = loss_of(model, ids, labels) / recipe.batches
+            torch.autograd.backward(loss)
+            total, tokens = total + loss.item(), tokens + ids.numel()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = _rate(recipe, step, seen)
             optimizer.step()
-        losses.append(loss.item())
-        step, seen = step + 1, seen + ids.numel()
+        losses.append(total)
+        step, seen = step + 1, seen + tokens
         if seen - reported >= evaluate_every or seen >= recipe.tokens:
             reported = seen
             minutes = (time.monotonic() - began) / 60
