@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fstq_engines import cache, parity
 from fstq_engines.cache import SIDECAR, Identity, Sidecar
@@ -27,10 +28,10 @@ from fstq_infer.errors import BundleError, EngineError, MissingExtraError
 from fstq_infer.machine import peak_rss
 from fstq_infer.runtime.ort import MODEL, OrtEngine, brief, import_onnxruntime, session_options
 
-BACKEND, WEIGHTS = "onnxruntime", "model.onnx.data"
+BACKEND, WEIGHTS, LOWERED = "onnxruntime", "model.onnx.data", "lowered"
 INLINE_BYTES = 1024  # smaller initializers stay in the graph
 BUILD_MEMORY = 256 << 20  # besides the weights twice: as they are read, and as they are written or prepacked
-BUILD_DISK = 64 << 20  # besides the weights once and an eighth
+BUILD_DISK = 64 << 20  # besides the weights twice and an eighth
 Progress = Callable[[str], None]
 _log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, 
     check_external_data(bundle.file(MODEL), files[1:])
     size = sum(bundle.manifest.files[name].bytes for name in files)
     cache.require_memory(2 * size + BUILD_MEMORY)
-    cache.require_disk(target, size + size // 8 + BUILD_DISK)
+    cache.require_disk(target, 2 * size + size // 8 + BUILD_DISK)
     made = parity.cases(bundle.manifest.model, bundle.manifest.stages)
     # One session at a time: each is gone before the next is opened.
     say("running the bundle's own graph")
@@ -138,41 +139,46 @@ def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, 
     say(f"built {target} in {sidecar.build_seconds:.1f} s")
 
 
-def _lowered(bundle: Bundle) -> bytes:
-    """The bundle's graph with a cache that is written in place, where this onnxruntime can; weights left outside."""
+def _lower(bundle: Bundle, out: Path) -> Path:
+    """The bundle's graph as this onnxruntime runs it best, written into ``out`` with all its weights."""
     try:
         import onnx_ir as ir
 
+        from fstq_engines.quantized import QuantizedLayers
         from fstq_engines.static_cache import StaticCache, probe_model
     except ModuleNotFoundError as error:
         raise MissingExtraError("Building an engine", error.name or "onnx_ir", "ort") from error
-    model = ir.load(bundle.file(MODEL))
+    passes: list[Any] = [QuantizedLayers()]
     try:
         import_onnxruntime().InferenceSession(probe_model(), session_options(1), providers=["CPUExecutionProvider"])
     except Exception:  # ONNX Runtime's exceptions have no common base
         _log.info("this onnxruntime has no TensorScatter: the engine will copy its cache at each call")
     else:
-        try:
-            model = StaticCache([stage.layer for stage in bundle.manifest.stages])(model).model
-        except (ir.passes.PassError, ir.passes.InvariantError) as error:
-            raise EngineError(f"{bundle.file(MODEL)} is not built as expected: {error}. Export it again.") from error
-    serialized: bytes = ir.to_proto(model).SerializeToString()
-    return serialized
+        passes.append(StaticCache([stage.layer for stage in bundle.manifest.stages]))
+    try:
+        model = ir.passes.Sequential(*passes)(ir.load(bundle.file(MODEL))).model
+    except (ir.passes.PassError, ir.passes.InvariantError) as error:
+        raise EngineError(
+            f"{bundle.file(MODEL)} is not built as expected: {error.__cause__ or error}. Export it again."
+        ) from error
+    out.mkdir()
+    ir.save(model, out / MODEL, external_data=WEIGHTS)
+    return out / MODEL
 
 
 def _optimise(bundle: Bundle, out: Path, threads: int | None) -> None:
     """Write the lowered and optimised graph and its weights into ``out``."""
-    ort, options, graph = import_onnxruntime(), session_options(threads), _lowered(bundle)
+    ort, options, graph = import_onnxruntime(), session_options(threads), _lower(bundle, out / LOWERED)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(out / MODEL)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_min_size_in_bytes", str(INLINE_BYTES)
     )
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     try:
-        ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise EngineError(
             f"onnxruntime {ort.__version__} cannot optimise {bundle.file(MODEL)}: {brief(error)}"
         ) from error
+    shutil.rmtree(out / LOWERED)
