@@ -129,7 +129,8 @@ def _by_share(problem: Problem, bits: float | None, shares: tuple[float, ...], n
         factor = low
     ends = [int(edge) for edge in np.cumsum(shares) * (factor * total) + 1e-6]
     inside = [_counts_of(top(problem.scores, end), problem.sizes) for end in ends]
-    counts = np.diff(np.stack(inside), axis=0, prepend=0)
+    counts = np.stack(inside)
+    counts[1:] -= counts[:-1].copy()
     numbers = np.arange(1, len(names) + 1)[:, None]
     return Plan(counts, np.where(counts > 0, numbers, 0), dict(enumerate(names, 1)))
 

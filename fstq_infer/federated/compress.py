@@ -123,10 +123,10 @@ def _weights(fisher: Floats) -> Floats:
     """Fisher with mean 1; all ones where it is 0 everywhere. Raises DeltaError for a negative one."""
     if fisher.min() < 0:
         raise DeltaError("the Fisher has negative values, expected squared gradients. Pass means of squares.")
-    mean = fisher.mean(dtype=np.float64)
+    mean = float(fisher.mean(dtype=np.float64))
     if mean <= 0:
         return np.ones_like(fisher)
-    return (fisher / mean).astype(np.float32)
+    return np.divide(fisher, mean, out=fisher, casting="same_kind")
 
 
 def _layers(problem: Problem, plan: Plan) -> tuple[tuple[Layer, ...], tuple[Ints, Floats]]:
