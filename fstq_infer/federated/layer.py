@@ -16,7 +16,7 @@ from fstq_infer.federated.codes import BY_ID, Block, Code
 
 FIXED = struct.Struct("<hII")
 CODE_BITS, RICE_BITS, FREQUENCY_BITS, BITMAP = 4, 5, 13, 31
-MIN_EXPONENT, MAX_EXPONENT = -100, 96
+MIN_EXPONENT, MAX_EXPONENT = -100, 96  # scales stay normal binary32 numbers, and no value can overflow
 Ints = NDArray[np.int64]
 
 

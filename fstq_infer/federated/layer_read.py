@@ -35,8 +35,6 @@ from fstq_infer.federated.layer import (
     starts_of,
 )
 
-LARGEST = float(np.finfo(np.float32).max)
-
 
 def read(cursor: Cursor, sizes: Ints, width: int) -> Layer:
     """The next layer. sizes: (T,) coordinates that earlier layers left; width: bits of a count.
@@ -61,8 +59,6 @@ def read(cursor: Cursor, sizes: Ints, width: int) -> Layer:
         raise MessageScaleError(f"a scale is not finite or not above 0. {AGAIN}")
     used = [BY_ID[id] for id in np.unique(codes).tolist() if id]
     tables = {code.id: _read_table(cursor, code) for code in used}
-    for code in used:
-        _check_range(code, tables[code.id][0], scales[codes == code.id], exponent)
 
     order = riced(rice_k, counts, sizes)
     limit = int((counts[order] + (sizes[order] >> rice_k[order])).sum())
@@ -139,13 +135,6 @@ def _read_table(cursor: Cursor, code: Code) -> tuple[NDArray[np.float16], Ints]:
                 f"the frequencies of {code.name} sum to {frequency.sum()}, expected {ans.TOTAL}. {AGAIN}"
             )
     return table, frequency
-
-
-def _check_range(code: Code, table: NDArray[np.float16], scales: NDArray[np.float16], exponent: int) -> None:
-    if code.scaled:
-        highest = float(table[-1]) if code.learned else 1.0
-        if highest * float(scales.max()) * 2.0**exponent > LARGEST:
-            raise MessageScaleError(f"a scale of {code.name} times its table leaves the range of float32. {AGAIN}")
 
 
 def _read_raw(cursor: Cursor, code: Code, items: int) -> NDArray[Any]:
