@@ -8,53 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fstq_infer.errors import OptionError
+from fstq_infer.federated.plan import Allocation, Plan, Planner, Problem, support_bits
 from fstq_infer.federated.quantize import quantizer
-from fstq_infer.federated.select import Floats, Ints, top
-
-SCALE_BITS = 16
-SAMPLES = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What an allocation may look at: (N,) scores and (N,) update, (N,) Fisher weights or None, (T,) sizes."""
-
-    scores: Floats
-    update: Floats
-    fisher: Floats | None
-    sizes: Ints
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """For L layers and T tensors. counts: (L, T) coordinates. choice: (L, T) keys of ``names``, 0 where none is sent.
-
-    names: number -> quantizer. Layer 0 takes each tensor's best coordinates, layer 1 the next, and so on.
-    """
-
-    counts: Ints
-    choice: NDArray[Any]
-    names: Mapping[int, str]
-
-
-class Allocation(Protocol):
-    """Plans a message of about ``bits`` bits; None: as many as the allocation's own settings ask for."""
-
-    def plan(self, problem: Problem, bits: float | None) -> Plan: ...
-
-
-def support_bits(counts: NDArray[Any], sizes: NDArray[Any]) -> NDArray[np.float64]:
-    """Entropy of Bernoulli supports with ``counts`` of ``sizes`` coordinates, in bits."""
-    p = np.clip(counts / sizes, 0, 1)
-    inside = (p > 0) & (p < 1)
-    p = np.where(inside, p, 0.5)
-    return np.where(inside, -sizes * (p * np.log2(p) + (1 - p) * np.log2(1 - p)), 0.0)
+from fstq_infer.federated.select import Ints, top
+from fstq_infer.federated.water import WaterFilling
 
 
 def _counts_of(chosen: Ints, sizes: Ints) -> Ints:
@@ -75,8 +37,8 @@ class Fixed:
             raise OptionError(f"a density lies above 0 and is at most 1, found {self.density}")
         quantizer(self.quantizer)
 
-    def plan(self, problem: Problem, bits: float | None) -> Plan:
-        return _by_share(problem, bits, (self.density,), (self.quantizer,))
+    def planner(self, problem: Problem) -> Planner:
+        return partial(_by_share, problem, (self.density,), (self.quantizer,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +47,10 @@ class Everything:
 
     quantizer: str = "fp32"
 
-    def plan(self, problem: Problem, bits: float | None) -> Plan:
+    def planner(self, problem: Problem) -> Planner:
+        return partial(self._plan, problem)
+
+    def _plan(self, problem: Problem, bits: float | None) -> Plan:
         needed = len(problem.scores) * quantizer(self.quantizer).code.bits
         if bits is not None and needed > bits:
             raise OptionError(
@@ -105,11 +70,11 @@ class Percentile:
     shares: tuple[float, ...] = (0.005, 0.015, 0.03)
     quantizers: tuple[str, ...] = ("fp16", "uniform4", "uniform2")
 
-    def plan(self, problem: Problem, bits: float | None) -> Plan:
-        return _by_share(problem, bits, self.shares, self.quantizers)
+    def planner(self, problem: Problem) -> Planner:
+        return partial(_by_share, problem, self.shares, self.quantizers)
 
 
-def _by_share(problem: Problem, bits: float | None, shares: tuple[float, ...], names: tuple[str, ...]) -> Plan:
+def _by_share(problem: Problem, shares: tuple[float, ...], names: tuple[str, ...], bits: float | None) -> Plan:
     total, factor = len(problem.scores), 1.0
     each = [quantizer(name).code.bits for name in names]
 
@@ -128,79 +93,16 @@ def _by_share(problem: Problem, bits: float | None, shares: tuple[float, ...], n
             low, high = (factor, high) if rate(factor) <= bits else (low, factor)
         factor = low
     ends = [int(edge) for edge in np.cumsum(shares) * (factor * total) + 1e-6]
-    inside = [_counts_of(top(problem.scores, end), problem.sizes) for end in ends]
-    counts = np.stack(inside)
-    counts[1:] -= counts[:-1].copy()
+    rest = top(problem.scores, ends[-1])
+    chosen = list[Ints]()
+    for count in np.diff(ends, prepend=0)[:-1].tolist():
+        best = top(problem.scores[rest], count)
+        chosen.append(rest[best])
+        rest = np.delete(rest, best)
+    chosen.append(rest)
+    counts = np.stack([_counts_of(indices, problem.sizes) for indices in chosen])
     numbers = np.arange(1, len(names) + 1)[:, None]
-    return Plan(counts, np.where(counts > 0, numbers, 0), dict(enumerate(names, 1)))
-
-
-@dataclass(frozen=True, slots=True)
-class WaterFilling:
-    """Density and bits of each tensor by reverse water-filling over {0, 1, 2, 3, 4, 8, 16} bits.
-
-    Of all (density, bits) pairs a tensor takes the one that removes most weighted squared error minus the water level
-    times its bits; the level is the one at which the message has the wanted size. That is where a greedy choice of the
-    steepest steps along the tensors' convex hulls ends (Shoham and Gersho, 1988). Errors are estimated from a sample.
-    """
-
-    widths: tuple[int, ...] = (1, 2, 3, 4, 8, 16)
-
-    def plan(self, problem: Problem, bits: float | None) -> Plan:
-        if bits is None:
-            raise OptionError("water-filling divides a budget, but none was given. Pass budget=BYTES.")
-        names = {width: "bf16" if width == 16 else f"lloyd{width}" for width in self.widths}
-        counts, gain, rate = self._options(problem)
-        best = self._level(gain, rate, bits)
-        rows = np.arange(len(best))
-        sent = np.where(best >= 0, counts[rows, best // len(self.widths)], 0)
-        width = np.where(sent > 0, np.array(self.widths)[best % len(self.widths)], 0)
-        return Plan(sent[None], width[None], names)
-
-    def _options(self, problem: Problem) -> tuple[Ints, NDArray[np.float64], NDArray[np.float64]]:
-        """(T, D) counts; (T, D x B) squared error removed and (T, D x B) bits."""
-        sizes = problem.sizes
-        draws = np.random.default_rng(0).random((len(sizes), SAMPLES))
-        index = (np.cumsum(sizes) - sizes)[:, None] + (draws * sizes[:, None]).astype(np.int64)
-        order = np.argsort(-problem.scores[index], axis=1, kind="stable")
-        magnitude = np.take_along_axis(np.abs(problem.update[index]).astype(np.float64), order, axis=1)
-        weight = np.ones_like(magnitude)
-        if problem.fisher is not None:
-            weight = np.take_along_axis(problem.fisher[index].astype(np.float64), order, axis=1)
-        cuts = np.unique(np.geomspace(1, SAMPLES, 28).astype(np.int64))
-        sums = [np.cumsum(weight * magnitude**power, axis=1)[:, cuts - 1] for power in range(3)]
-        counts = np.maximum(sizes[:, None] * cuts // SAMPLES, 1)
-        # One magnitude leaves the spread of those kept; each further bit halves the cells, a quarter of the error.
-        spread = 1 - sums[1] ** 2 / np.maximum(sums[0] * sums[2], 1e-300)
-        left = np.array([0.0 if width == 16 else 0.25 ** (width - 1) for width in self.widths])
-        share = (counts / cuts)[:, :, None]
-        gain = share * sums[2][:, :, None] * (1 - np.clip(spread, 0.02, 1)[:, :, None] * left)
-        rate = (
-            support_bits(counts, sizes[:, None])[:, :, None] + counts[:, :, None] * np.array(self.widths) + SCALE_BITS
-        )
-        return counts, gain.reshape(len(sizes), -1), rate.reshape(len(sizes), -1)
-
-    @staticmethod
-    def _level(gain: NDArray[np.float64], rate: NDArray[np.float64], bits: float) -> Ints:
-        """(T,) best option of each tensor, -1 for none, at the lowest water level that needs at most ``bits``."""
-        rows = np.arange(len(gain))
-
-        def choose(level: float) -> tuple[Ints, float]:
-            worth = gain - level * rate
-            best = np.argmax(worth, axis=1)
-            best = np.where(worth[rows, best] > 0, best, -1)
-            return best, float(rate[rows, best][best >= 0].sum())
-
-        high = float((gain / rate).max()) * 2 + 1e-300
-        low, best = high * 1e-15, choose(high)[0]
-        for _ in range(60):
-            level = float(np.sqrt(low * high))
-            found, needed = choose(level)
-            if needed <= bits:
-                high, best = level, found
-            else:
-                low = level
-        return best
+    return Plan(counts, np.where(counts > 0, numbers, 0), dict(enumerate(names, 1)), chosen)
 
 
 ALLOCATIONS: Mapping[str, Allocation] = {

@@ -45,6 +45,11 @@ class Code:
         """Bits of one value before entropy coding, sign included."""
         return 8 * np.dtype(self.raw).itemsize if self.raw else (self.symbols - 1).bit_length() + self.signed
 
+    @property
+    def table_bits(self) -> int:
+        """Bits that a layer spends once on this code's magnitudes and frequencies."""
+        return 16 * self.symbols * self.learned + 13 * self.symbols * (self.symbols > 1)
+
     def values(self, block: Block) -> NDArray[np.float32]:
         """(m,) values of a block's coordinates, without scales."""
         if self.name == "bf16":

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,15 +17,17 @@ from numpy.typing import NDArray
 from fstq_infer.errors import DeltaError, OptionError
 from fstq_infer.federated import message as messages
 from fstq_infer.federated import quantize
-from fstq_infer.federated.allocate import Allocation, Plan, Problem, WaterFilling, allocation
+from fstq_infer.federated.allocate import allocation
 from fstq_infer.federated.feedback import ErrorFeedback, Feedback, Floats, Ints, State, feedback
 from fstq_infer.federated.header import HEADER_BYTES
-from fstq_infer.federated.layer import Layer, starts_of, supports
+from fstq_infer.federated.layer import CODE_BITS, RICE_BITS, Layer, starts_of, supports
 from fstq_infer.federated.message import Message
+from fstq_infer.federated.plan import Allocation, Plan, Problem
 from fstq_infer.federated.select import Fisher, Selector, per_tensor, selector
 from fstq_infer.federated.tensors import TensorManifest
+from fstq_infer.federated.water import WaterFilling
 
-TRIES, FULL = 6, 0.97
+TRIES, MOST_TRIES, FULL = 5, 32, 0.97
 PRESETS: Mapping[str, tuple[str, str, str]] = {  # name -> selector, allocation, feedback
     "fstq": ("fisher", "water", "ef"),
     "top-k": ("magnitude", "fixed", "ef"),
@@ -87,24 +90,29 @@ class Compressor:
     def _fit(self, problem: Problem, budget: int | None, round: int) -> tuple[bytes, tuple[Ints, Floats]]:
         """The fullest message within the budget that a few plans give: a plan's bits are only a model of its bytes."""
         best: tuple[bytes, tuple[Ints, Floats]] | None = None
-        bits = None if budget is None else 8.0 * (budget - HEADER_BYTES)
-        for number in range(32):
-            plan = self.allocation.plan(problem, bits)
-            layers, sent = _layers(problem, plan)
-            message = Message.of(layers, self.manifest, self.base, round)
-            blob = messages.encode(message, self.manifest)
+        columns = len(problem.sizes) * (CODE_BITS + RICE_BITS + int(problem.sizes.max()).bit_length())
+        bits = None if budget is None else max(8.0 * (budget - HEADER_BYTES) - columns, 64.0)
+        plan = self.allocation.planner(problem)
+        fits, exceeds = None, None  # bits that did, and that did not
+        for number in range(MOST_TRIES):
+            layers, sent = _layers(problem, plan(bits))
+            blob = messages.encode(Message.of(layers, self.manifest, self.base, round), self.manifest)
             if budget is None or bits is None:
                 return blob, sent
             if len(blob) <= budget:
-                full = best is not None and len(blob) <= len(best[0])  # more bits no longer help
-                best = best if full else (blob, sent)
-                if full or len(blob) >= FULL * budget or number >= TRIES:
+                stalled = best is not None and len(blob) <= len(best[0])  # more bits no longer help
+                best = best if stalled else (blob, sent)
+                if stalled or len(blob) >= FULL * budget:
                     break
-                bits *= min(0.99 * budget / len(blob), 4.0)
-            elif best is not None:
-                break
+                fits = bits
             else:
-                bits *= min(0.99 * budget / len(blob), 0.9) * (0.5 if number >= TRIES else 1.0)
+                exceeds = bits
+            if best is not None and number + 1 >= TRIES:
+                break
+            if fits and exceeds:
+                bits = math.sqrt(fits * exceeds)
+            else:
+                bits *= min(max(0.99 * budget / len(blob), 0.25), 4.0) if fits else min(0.98 * budget / len(blob), 0.9)
         if best is None:
             empty = Message.of((), self.manifest, self.base, round)
             nothing = np.empty(0, np.int64), np.empty(0, np.float32)
@@ -134,9 +142,8 @@ def _layers(problem: Problem, plan: Plan) -> tuple[tuple[Layer, ...], tuple[Ints
     layers, left = list[Layer](), problem.sizes
     indices, values = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
     rank: Ints | None = None  # of each coordinate among those that no earlier layer took
-    for counts, choice, chosen in zip(
-        plan.counts, plan.choice, per_tensor(problem.scores, problem.sizes, plan.counts), strict=True
-    ):
+    found = plan.chosen or per_tensor(problem.scores, problem.sizes, plan.counts)
+    for counts, choice, chosen in zip(plan.counts, plan.choice, found, strict=True):
         if not len(chosen):
             continue
         rank = _ranks(len(problem.update), indices) if len(indices) > 1 else None

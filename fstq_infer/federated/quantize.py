@@ -101,8 +101,9 @@ class Uniform:
         return Block.of(frequencies=ans.frequencies(symbols, self.code.symbols), symbols=symbols)
 
 
-def _steps(values: Floats, scales: Floats, half: int) -> Floats:
-    return np.clip(np.rint(values * (np.float32(half) / scales)), -half, half)
+def _steps(values: Floats, scales: Floats | np.float32, half: int) -> Floats:
+    steps: Floats = np.clip(np.rint(values / scales * np.float32(half)), -half, half)
+    return steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +112,10 @@ class Clipped(Uniform):
 
     def wanted(self, values: Floats, counts: Ints) -> NDArray[np.float64]:
         highest, half, starts = _maxima(values, counts), self.code.symbols // 2, starts_of(counts)
-        best, least = highest, np.full(len(counts), np.inf)
+        spread = np.repeat(np.maximum(highest, np.finfo(np.float32).tiny).astype(np.float32), counts)
+        shares, best, least = values / spread, highest, np.full(len(counts), np.inf)
         for clip in CLIPS:
-            scales = np.repeat((highest * clip).astype(np.float32), counts)
-            scales = np.maximum(scales, np.finfo(np.float32).tiny)
-            errors = np.square(_steps(values, scales, half) / np.float32(half) * scales - values)
+            errors = np.square(_steps(shares, np.float32(clip), half) * np.float32(clip / half) - shares)
             total: NDArray[np.float64] = np.add.reduceat(errors, starts, dtype=np.float64)
             best, least = np.where(total < least, highest * clip, best), np.minimum(total, least)
         return best

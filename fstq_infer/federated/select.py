@@ -75,27 +75,31 @@ def top(scores: Floats, count: int) -> Ints:
         return np.empty(0, np.int64)
     if count >= len(scores):
         return np.arange(len(scores))
-    candidates = _candidates(scores, count)
-    found = scores if candidates is None else scores[candidates]
-    least = np.partition(found, len(found) - count)[len(found) - count]
+    low, high = _bracket(scores, count)
+    candidates = np.flatnonzero(scores >= low)
+    found = scores[candidates]
+    band = found[found <= high]
+    needed = count - (len(found) - len(band))
+    if len(found) < count or needed <= 0:  # the sample misled: look at all
+        candidates, found, band, needed = np.arange(len(scores)), scores, scores, count
+    least = np.partition(band, len(band) - needed)[len(band) - needed]
     kept = np.flatnonzero(found >= least)
     if len(kept) > count:
         ties = np.flatnonzero(found[kept] == least)
         kept = np.delete(kept, ties[len(ties) - (len(kept) - count) :])
-    return kept if candidates is None else candidates[kept]
+    return candidates[kept]
 
 
-def _candidates(scores: Floats, count: int) -> Ints | None:
-    """Indices of a few more than ``count`` scores that include the highest ones, or None where that saves nothing.
-
-    A threshold guessed from a sample makes sorting out the best several times faster, and changes no result.
-    """
-    if len(scores) < 4 * SAMPLE or count > len(scores) // 4:
-        return None
-    sample = np.sort(scores[:: len(scores) // SAMPLE])
-    rank = int(1.1 * count * len(sample) / len(scores) + 3 * np.sqrt(count * len(sample) / len(scores)) + 3)
-    found = np.flatnonzero(scores >= sample[max(len(sample) - rank, 0)])
-    return found if len(found) >= count else None
+def _bracket(scores: Floats, count: int) -> tuple[np.float32, np.float32]:
+    """Two scores between which the count-th highest almost surely lies; sorting out what is between is fast."""
+    step = len(scores) // SAMPLE
+    if step < 4:
+        return np.float32(-np.inf), np.float32(np.inf)
+    sample = np.sort(scores[::step])
+    rank = count * len(sample) / len(scores)
+    margin = 4 * np.sqrt(rank * (1 - count / len(scores))) + 3
+    low, high = len(sample) - int(rank + margin) - 1, len(sample) - int(rank - margin) - 1
+    return sample[max(low, 0)], sample[high] if high < len(sample) else np.float32(np.inf)
 
 
 def per_tensor(scores: Floats, sizes: Ints, counts: Ints) -> list[Ints]:

@@ -81,9 +81,10 @@ class TensorManifest:
                     f"Convert it, or make the manifest anew."
                 )
             into = flat[at : at + array.size]
-            with np.errstate(over="ignore"):  # a float64 above float32's range becomes infinite and is reported below
-                into[:] = array.reshape(-1)
-            if not np.isfinite(np.dot(into, np.zeros_like(into))):  # 0 x NaN and 0 x infinity are NaN
+            with np.errstate(over="ignore", invalid="ignore"):
+                into[:] = array.reshape(-1)  # a float64 above float32's range becomes infinite
+                total = np.add.reduce(into)  # not finite if an item is not; the reverse is looked into below
+            if not np.isfinite(total) and not np.isfinite(into).all():
                 raise DeltaError(f"{name!a} of the {what} holds NaN or infinity. Skip this round's step.")
             at += array.size
         return flat

@@ -104,7 +104,9 @@ def ans_write(parts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[int]
     return words
 
 
-def header(body: bytes, shapes: Shapes, base: bytes, codes: int, layers: int = 1, round: int = 7, **other: Any) -> bytes:
+def header(
+    body: bytes, shapes: Shapes, base: bytes, codes: int, layers: int = 1, round: int = 7, **other: Any
+) -> bytes:
     """The message around a body; ``other``: magic, version, features, length, crc, manifest."""
     length = other.get("length", 56 + len(body))
     front = other.get("magic", b"FSTM") + struct.pack(

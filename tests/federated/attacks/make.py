@@ -1,8 +1,8 @@
 """Writes the damaged messages of this folder: ``python tests/federated/attacks/make.py`` from the repository's root.
 
-Built from docs/wire-format.md by tests/federated/reference.py, without the package, so that reader and writer cannot agree
-on a mistake. ``CASES`` maps each file to the error it has to raise; None: it has to be read. Unless a case is about the
-checksum, it is right: what is tested is what comes after it.
+Built from docs/wire-format.md by tests/federated/reference.py, without the package, so that reader and writer cannot
+agree on a mistake. ``CASES`` maps each file to the error it has to raise; None: it has to be read. Unless a case is
+about the checksum, it is right: what is tested is what comes after it.
 """
 
 from __future__ import annotations

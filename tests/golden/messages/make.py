@@ -1,4 +1,4 @@
-"""Writes the golden messages of this folder: ``python tests/golden/messages/make.py``. They change with the version only.
+"""Writes the golden messages of this folder: ``python tests/golden/messages/make.py``. They change with the version.
 
 Inputs are multiples of 2^-20 from a generator written out here: sums of them are exact, so no order of adding matters.
 """
@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fstq_infer.federated.allocate import Fixed, Percentile, WaterFilling
+from fstq_infer.federated.allocate import Fixed, Percentile
 from fstq_infer.federated.compress import Compressor
 from fstq_infer.federated.feedback import Forget
 from fstq_infer.federated.quantize import QUANTIZERS
 from fstq_infer.federated.select import Fisher, Magnitude
 from fstq_infer.federated.tensors import TensorManifest
+from fstq_infer.federated.water import WaterFilling
 
 HERE = Path(__file__).parent
 SHAPES = (("q.lora_A", (4, 64)), ("q.lora_B", (48, 4)), ("v.lora_A", (4, 64)), ("v.lora_B", (10, 4)), ("bias", (3,)))
