@@ -20,14 +20,14 @@ from fstq_infer.federated import quantize
 from fstq_infer.federated.allocate import allocation
 from fstq_infer.federated.feedback import ErrorFeedback, Feedback, Floats, Ints, State, feedback
 from fstq_infer.federated.header import HEADER_BYTES
-from fstq_infer.federated.layer import CODE_BITS, RICE_BITS, Layer, starts_of, supports
+from fstq_infer.federated.layer import Layer, starts_of, supports
 from fstq_infer.federated.message import Message
 from fstq_infer.federated.plan import Allocation, Plan, Problem
 from fstq_infer.federated.select import Fisher, Selector, per_tensor, selector
 from fstq_infer.federated.tensors import TensorManifest
 from fstq_infer.federated.water import WaterFilling
 
-TRIES, MOST_TRIES, FULL = 5, 32, 0.97
+TRIES, MOST_TRIES, FULL, COLUMN_BITS = 5, 32, 0.97, 16
 PRESETS: Mapping[str, tuple[str, str, str]] = {  # name -> selector, allocation, feedback
     "fstq": ("fisher", "water", "ef"),
     "top-k": ("magnitude", "fixed", "ef"),
@@ -90,7 +90,7 @@ class Compressor:
     def _fit(self, problem: Problem, budget: int | None, round: int) -> tuple[bytes, tuple[Ints, Floats]]:
         """The fullest message within the budget that a few plans give: a plan's bits are only a model of its bytes."""
         best: tuple[bytes, tuple[Ints, Floats]] | None = None
-        columns = len(problem.sizes) * (CODE_BITS + RICE_BITS + int(problem.sizes.max()).bit_length())
+        columns = len(problem.sizes) * COLUMN_BITS
         bits = None if budget is None else max(8.0 * (budget - HEADER_BYTES) - columns, 64.0)
         plan = self.allocation.planner(problem)
         fits, exceeds = None, None  # bits that did, and that did not

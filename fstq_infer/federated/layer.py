@@ -14,8 +14,8 @@ from fstq_infer.federated import ans, rice
 from fstq_infer.federated.bits import pack_planes
 from fstq_infer.federated.codes import BY_ID, Block, Code
 
-FIXED = struct.Struct("<hII")
-CODE_BITS, RICE_BITS, FREQUENCY_BITS, BITMAP = 4, 5, 13, 31
+FIXED = struct.Struct("<hBBBII")
+CODE_BITS, RICE_BITS, COUNT_BITS, FREQUENCY_BITS, BITMAP = 4, 5, 31, 13, 31
 MIN_EXPONENT, MAX_EXPONENT = -100, 96  # scales stay normal binary32 numbers, and no value can overflow
 Ints = NDArray[np.int64]
 
@@ -100,8 +100,8 @@ def in_use(layer: Layer) -> Iterator[tuple[Code, Block]]:
     return ((BY_ID[id], layer.blocks[id]) for id in sorted(layer.blocks))
 
 
-def write(layer: Layer, sizes: Ints, width: int) -> bytes:
-    """Bytes of a layer. sizes: (T,) coordinates that earlier layers left; width: bits of a count."""
+def write(layer: Layer, sizes: Ints) -> bytes:
+    """Bytes of a layer. sizes: (T,) coordinates that earlier layers left."""
     order = riced(layer.rice, layer.counts, sizes)
     counts = layer.counts[order]
     gap = rice.gaps(pieces(layer.positions, layer.counts, order), counts)
@@ -116,11 +116,11 @@ def write(layer: Layer, sizes: Ints, width: int) -> bytes:
         if code.symbols > 1:
             coder.push(block.symbols, block.frequencies)
     words = coder.words()
+    columns: tuple[NDArray[Any], ...] = (layer.codes, layer.rice, layer.counts)
+    widths = [int(column.max()).bit_length() for column in columns]
     parts = [
-        FIXED.pack(layer.exponent, length, len(words)),
-        pack_planes(layer.codes, CODE_BITS),
-        pack_planes(layer.rice, RICE_BITS),
-        pack_planes(layer.counts, width),
+        FIXED.pack(layer.exponent, *widths, length, len(words)),
+        *(pack_planes(column, width) for column, width in zip(columns, widths, strict=True)),
         layer.scales[scaled(layer.codes)].astype("<f2").tobytes(),
     ]
     for code, block in in_use(layer):

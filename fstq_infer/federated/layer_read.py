@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fstq_infer.errors import (
     MessageCodecError,
     MessageCountError,
+    MessageError,
     MessageScaleError,
     MessageSizeError,
     MessageSupportError,
@@ -23,6 +24,7 @@ from fstq_infer.federated.header import AGAIN
 from fstq_infer.federated.layer import (
     BITMAP,
     CODE_BITS,
+    COUNT_BITS,
     FIXED,
     FREQUENCY_BITS,
     MAX_EXPONENT,
@@ -36,20 +38,22 @@ from fstq_infer.federated.layer import (
 )
 
 
-def read(cursor: Cursor, sizes: Ints, width: int) -> Layer:
-    """The next layer. sizes: (T,) coordinates that earlier layers left; width: bits of a count.
+def read(cursor: Cursor, sizes: Ints) -> Layer:
+    """The next layer. sizes: (T,) coordinates that earlier layers left.
 
     Raises the subclasses of MessageError that step 6 names.
     """
     tensors = len(sizes)
-    exponent, length, word_count = FIXED.unpack(cursor.take(FIXED.size, "layer header").tobytes())
+    exponent, code_bits, rice_bits, count_bits, length, word_count = FIXED.unpack(
+        cursor.take(FIXED.size, "layer header").tobytes()
+    )
     if not MIN_EXPONENT <= exponent <= MAX_EXPONENT:
         raise MessageScaleError(f"the exponent is {exponent}, expected {MIN_EXPONENT} to {MAX_EXPONENT}. {AGAIN}")
-    codes = cursor.planes(tensors, CODE_BITS, "codes")
+    codes = _column(cursor, tensors, code_bits, CODE_BITS, "codes", MessageCodecError)
+    rice_k = _column(cursor, tensors, rice_bits, RICE_BITS, "Rice parameters", MessageSupportError)
+    counts = _column(cursor, tensors, count_bits, COUNT_BITS, "counts", MessageCountError).astype(np.int64)
     if unknown := set(np.unique(codes).tolist()) - {0, *BY_ID}:
         raise MessageCodecError(f"a tensor has code {min(unknown)}, known are 0 to {max(BY_ID)}. Update this side.")
-    rice_k = cursor.planes(tensors, RICE_BITS, "Rice parameters")
-    counts = cursor.planes(tensors, width, "counts").astype(np.int64)
     _check_counts(codes, counts, sizes)
     _check_rice(rice_k, counts, sizes)
     has_scale = scaled(codes)
@@ -96,6 +100,16 @@ def read(cursor: Cursor, sizes: Ints, width: int) -> Layer:
     ordered = rice.positions(ends, remainders, rice_k[order], counts[order], sizes[order])
     positions = _gather(ordered, order, bitmaps, counts, sizes)
     return Layer(codes, rice_k, counts, exponent, scales, positions, blocks)
+
+
+def _column(cursor: Cursor, tensors: int, width: int, most: int, what: str, error: type[MessageError]) -> NDArray[Any]:
+    """(T,) numbers, no wider than they need to be."""
+    if width > most:
+        raise error(f"the {what} have {width} bits, expected at most {most}. {AGAIN}")
+    column = cursor.planes(tensors, width, what)
+    if (needed := int(column.max()).bit_length()) != width:
+        raise error(f"the {what} have {width} bits, expected the {needed} of the largest. {AGAIN}")
+    return column
 
 
 def _check_counts(codes: NDArray[np.uint8], counts: Ints, sizes: Ints) -> None:

@@ -34,9 +34,9 @@ class Message:
 
 def encode(message: Message, manifest: TensorManifest) -> bytes:
     """The bytes of a message: the same for equal messages."""
-    left, body, width = manifest.sizes, [], _count_bits(manifest)
+    left, body = manifest.sizes, list[bytes]()
     for layer in message.layers:
-        body.append(write(layer, left, width))
+        body.append(write(layer, left))
         left = left - layer.counts
     return message.header.pack(b"".join(body))
 
@@ -54,9 +54,9 @@ def decode(
     header = headers.parse(blob, manifest, base, round)
     cursor = Cursor(np.frombuffer(blob, np.uint8))
     cursor.take(headers.HEADER_BYTES, "header")
-    left, layers, width = manifest.sizes, list[Layer](), _count_bits(manifest)
+    left, layers = manifest.sizes, list[Layer]()
     for _ in range(header.layers):
-        layers.append(layer_read.read(cursor, left, width))
+        layers.append(layer_read.read(cursor, left))
         left = left - layers[-1].counts
     message = Message.of(tuple(layers), manifest, header.base, header.round)
     if message.header.codes != header.codes:
@@ -98,7 +98,3 @@ def _scatter(flat: NDArray[np.float32], layer: Layer, sizes: Ints) -> None:
 def _global(layer: Layer, sizes: Ints) -> Ints:
     """(n,) positions counted from the first tensor's first coordinate."""
     return layer.positions + np.repeat(starts_of(sizes), layer.counts)
-
-
-def _count_bits(manifest: TensorManifest) -> int:
-    return int(manifest.sizes.max()).bit_length()

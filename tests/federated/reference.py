@@ -55,6 +55,12 @@ def planes(numbers: Iterable[int], width: int) -> bytes:
     return out
 
 
+def columns(*numbers: Sequence[int]) -> tuple[bytes, bytes]:
+    """(widths, plane blocks) of a layer's columns."""
+    widths = [max(column).bit_length() for column in numbers]
+    return bytes(widths), b"".join(planes(column, width) for column, width in zip(numbers, widths, strict=True))
+
+
 def bits(text: str) -> bytes:
     text += "0" * (-len(text) % 8)
     return bytes(int(text[at : at + 8], 2) for at in range(0, len(text), 8))
@@ -175,7 +181,7 @@ def read(blob: bytes, shapes: Shapes) -> list[float]:
     free = [list(range(size)) for size in sizes]
     values = [[0.0] * size for size in sizes]
     for _ in range(front[5]):
-        for t, found in enumerate(layer(reader, [len(left) for left in free], max(sizes).bit_length())):
+        for t, found in enumerate(layer(reader, [len(left) for left in free])):
             for position, value in found:
                 values[t][free[t][position]] = value
             taken = {position for position, _ in found}
@@ -184,12 +190,11 @@ def read(blob: bytes, shapes: Shapes) -> list[float]:
     return [value for tensor in values for value in tensor]
 
 
-def layer(reader: Reader, sizes: list[int], width: int) -> list[list[tuple[int, float]]]:
+def layer(reader: Reader, sizes: list[int]) -> list[list[tuple[int, float]]]:
     """(position, value) pairs of each tensor."""
     tensors = range(len(sizes))
-    exponent, unary_bits, word_count = struct.unpack("<hII", reader.take(10))
-    codes, rice = reader.planes(len(sizes), 4), reader.planes(len(sizes), 5)
-    counts = reader.planes(len(sizes), width)
+    exponent, *widths, unary_bits, word_count = struct.unpack("<hBBBII", reader.take(13))
+    codes, rice, counts = (reader.planes(len(sizes), width) for width in widths)
     scales = {t: reader.numbers("<e", 1)[0] * 2.0**exponent for t in tensors if codes[t] >= 4}
     used = sorted(set(codes) - {0})
     tables, frequencies = {}, {}

@@ -98,8 +98,7 @@ def test_a_small_message_cannot_claim_much_memory() -> None:
     """However much a message claims, decoding allocates a small multiple of the delta that the server awaits."""
     manifest = TensorManifest((("w", (1_000_000,)),))
     for code, table in ((4, make.halves(make.ONE)), (12, b""), (1, b"")):
-        body = struct.pack("<hII", 0, 0, 0) + reference.planes((code,), 4) + reference.planes((0,), 5)
-        body += reference.planes((1_000_000,), 20) + (b"" if code == 1 else make.halves(make.ONE)) + table
+        body = make.bare(b"" if code == 1 else make.halves(make.ONE), (code,), (0,), (1_000_000,)) + table
         if code == 12:  # every symbol is the first: an empty ANS stream holds a million of them
             body += reference.planes([4096] + [0] * 254, 13)
         blob = reference.header(body, manifest.tensors, make.BASE, 1 << code)

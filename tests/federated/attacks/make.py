@@ -21,7 +21,7 @@ from tests.federated import reference as ref
 HERE = Path(__file__).parent
 SHAPES = (("a", (5, 8)), ("b", (6, 4)), ("c", (8,)), ("d", (6,)))
 BASE, ROUND = bytes(range(16)), 7
-CODES, RICE, COUNTS, WIDTH = (5, 3, 10, 0), (2, 0, 31, 0), (6, 24, 5, 0), 6
+CODES, RICE, COUNTS, WIDTH = (5, 3, 10, 0), (2, 0, 31, 0), (6, 24, 5, 0), 5
 USED = 1 << 3 | 1 << 5 | 1 << 10
 GAPS = (0, 3, 9, 0, 5, 2)  # positions 0, 4, 14, 15, 21, 24 of 40
 SYMBOLS, FREQUENCIES = (0, 1, 0, 0, 1, 0), (2731, 1365)
@@ -44,10 +44,11 @@ def words(marks: tuple[int, ...] = MARKS, symbols: tuple[int, ...] = SYMBOLS) ->
     return ref.ans_write(parts)
 
 
-def fixed(exponent: int = -10, bits: int | None = None, count: int | None = None) -> bytes:
-    return struct.pack(
-        "<hII", exponent, len(unary()) if bits is None else bits, len(words()) if count is None else count
-    )
+def fixed(
+    exponent: int = -10, widths: tuple[int, int, int] = (4, 5, 5), bits: int | None = None, count: int | None = None
+) -> bytes:
+    streams = len(unary()) if bits is None else bits, len(words()) if count is None else count
+    return struct.pack("<hBBBII", exponent, *widths, *streams)
 
 
 def parts() -> Parts:
@@ -84,16 +85,15 @@ def message(body: bytes | None = None, codes: int = USED, **header: Any) -> byte
     return ref.header(layer() if body is None else body, SHAPES, codes=codes, **settings)
 
 
-def single(code: int, raw: bytes, **changed: Any) -> bytes:
+def bare(rest: bytes, *columns: tuple[int, ...]) -> bytes:
+    """A layer without streams: the columns, then ``rest``."""
+    widths, blocks = ref.columns(*columns)
+    return struct.pack("<h", 0) + widths + struct.pack("<II", 0, 0) + blocks + rest
+
+
+def single(code: int, raw: bytes, count: int = 6) -> bytes:
     """A message with all of tensor d in one raw code."""
-    return message(
-        struct.pack("<hII", 0, 0, 0)
-        + ref.planes(changed.get("codes", (0, 0, 0, code)), 4)
-        + ref.planes(changed.get("rice", (0, 0, 0, 0)), 5)
-        + ref.planes(changed.get("counts", (0, 0, 0, 6)), WIDTH)
-        + raw,
-        codes=1 << code,
-    )
+    return message(bare(raw, (0, 0, 0, code), (0,) * 4, (0, 0, 0, count)), codes=1 << code)
 
 
 def flipped(data: bytes, bit: int) -> bytes:
@@ -106,13 +106,7 @@ def last(name: str) -> dict[str, bytes]:
     return {name: flipped(data, 8 * len(data) - 1)}
 
 
-_SECOND = (
-    struct.pack("<hII", 0, 0, 0)
-    + ref.planes((0, 0, 1, 0), 4)
-    + ref.planes((0, 0, 0, 0), 5)
-    + ref.planes((0, 0, 3, 0), WIDTH)
-    + struct.pack("<3f", 1.5, -2.5, 0.0)
-)
+_SECOND = bare(struct.pack("<3f", 1.5, -2.5, 0.0), (0, 0, 1, 0), (0,) * 4, (0, 0, 3, 0))
 _HUGE = 0xFFFFFFFF
 CASES: dict[str, tuple[str | None, Callable[[], bytes]]] = {
     "whole": (None, message),
@@ -146,12 +140,23 @@ CASES: dict[str, tuple[str | None, Callable[[], bytes]]] = {
     # step 6
     "exponent-high": ("Scale", lambda: message(layer(fixed=fixed(exponent=97)))),
     "exponent-low": ("Scale", lambda: message(layer(fixed=fixed(exponent=-101)))),
+    "codes-wide": ("Codec", lambda: message(layer(fixed=fixed(widths=(5, 5, 5))))),
+    "codes-wider-than-needed": (
+        "Codec",
+        lambda: message(layer(fixed=fixed(widths=(4, 5, 5)), codes=ref.planes((5, 3, 7, 0), 4))),
+    ),
+    "rice-wide": ("Support", lambda: message(layer(fixed=fixed(widths=(4, 255, 5))))),
+    "counts-wide": ("Count", lambda: message(layer(fixed=fixed(widths=(4, 5, 32))))),
+    "counts-wider-than-needed": (
+        "Count",
+        lambda: message(layer(fixed=fixed(widths=(4, 5, 6)), counts=ref.planes(COUNTS, 6))),
+    ),
     "code-unknown": ("Codec", lambda: message(layer(codes=ref.planes((15, 3, 10, 0), 4)))),
     "count-above-size": ("Count", lambda: message(layer(counts=ref.planes((6, 24, 9, 0), WIDTH)))),
     "count-huge": ("Count", lambda: message(layer(counts=b"\xf0" * WIDTH))),
     "count-without-code": ("Count", lambda: message(layer(counts=ref.planes((6, 24, 5, 1), WIDTH)))),
     "code-without-count": ("Count", lambda: message(layer(codes=ref.planes((5, 3, 10, 1), 4)))),
-    "layer-of-nothing": ("Count", lambda: single(1, b"", codes=(0,) * 4, counts=(0,) * 4)),
+    "layer-of-nothing": ("Count", lambda: message(bare(b"", *[(0,) * 4] * 3), codes=0)),
     "coordinate-twice": ("Count", lambda: message(layer() + _SECOND * 2, USED | 2, layers=3)),
     "rice-25": ("Support", lambda: message(layer(rice=ref.planes((25, 0, 31, 0), 5)))),
     "rice-of-a-whole-tensor": ("Support", lambda: message(layer(rice=ref.planes((2, 1, 31, 0), 5)))),
