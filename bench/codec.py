@@ -3,8 +3,8 @@
 python bench/codec.py      two minutes; writes results/codec.json
 
 Parameters are those of the dense delta. `encode` is all of Compressor.compress: from named arrays over selection,
-quantizing and coding to bytes. `decode` is the reverse: from bytes to named dense arrays, all checks included. Times are
-the best of a few runs in CPU seconds of this process, which has one thread: what else runs does not count.
+quantizing and coding to bytes. `decode` is the reverse: from bytes to named dense arrays, all checks included. Times
+are the best of a few runs in CPU seconds of this process, which has one thread: what else runs does not count.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from common import target, write
 
-from fstq_infer.federated import ans
 from fstq_infer.federated import message as messages
 from fstq_infer.federated.allocate import Everything, Fixed
 from fstq_infer.federated.compress import Compressor, decompress
@@ -60,13 +59,20 @@ def best(run: Callable[[], Any]) -> tuple[float, Any]:
     return min(seconds), result
 
 
+def histogram_bits(histogram: Any) -> float:
+    """Entropy of all items of a histogram together."""
+    counts = np.asarray(histogram, np.float64)
+    seen = counts[counts > 0]
+    return float((seen * np.log2(seen.sum() / seen)).sum())
+
+
 def entropy(layer: Layer, sizes: np.ndarray) -> float:
     """Bits that the support of each tensor, signs and levels cannot go below as independent draws; raw values count."""
     bits = sum(
-        ans.bits([count, size - count]) for count, size in zip(layer.counts.tolist(), sizes.tolist(), strict=True)
+        histogram_bits([count, size - count]) for count, size in zip(layer.counts.tolist(), sizes.tolist(), strict=True)
     )
     for block in layer.blocks.values():
-        bits += len(block.signs) + 8 * block.raw.nbytes + ans.bits(np.bincount(block.symbols))
+        bits += len(block.signs) + 8 * block.raw.nbytes + histogram_bits(np.bincount(block.symbols))
     return bits
 
 

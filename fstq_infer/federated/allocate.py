@@ -64,11 +64,19 @@ class Everything:
 class Percentile:
     """The rule of Fed-FSTQ (arXiv 2604.25421): bits 16, 4, 2 and 0 by percentile of the score over all coordinates.
 
-    shares: of all coordinates with each code, the best first. Under a budget all shares shrink alike.
+    shares: of all coordinates with each code, the best first; the defaults are ours. Under a budget all shrink alike.
     """
 
     shares: tuple[float, ...] = (0.005, 0.015, 0.03)
     quantizers: tuple[str, ...] = ("fp16", "uniform4", "uniform2")
+
+    def __post_init__(self) -> None:
+        if len(self.shares) != len(self.quantizers) or min(self.shares, default=0) <= 0 or sum(self.shares) > 1:
+            raise OptionError(
+                f"shares {self.shares} for {self.quantizers}: expected one above 0 for each, and a sum of at most 1"
+            )
+        for name in self.quantizers:
+            quantizer(name)
 
     def planner(self, problem: Problem) -> Planner:
         return partial(_by_share, problem, self.shares, self.quantizers)

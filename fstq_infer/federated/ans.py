@@ -6,7 +6,6 @@ than one by one and loses less than 0.1 % to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -32,7 +31,10 @@ def frequencies(symbols: NDArray[np.uint8], alphabet: int) -> NDArray[np.int64]:
     counts = np.bincount(symbols, minlength=alphabet).astype(np.int64)
     shares = (2 * TOTAL * counts + len(symbols)) // (2 * len(symbols))
     shares = np.maximum(shares, counts > 0)
-    shares[np.argmax(shares)] += TOTAL - shares.sum()
+    missing = TOTAL - int(shares.sum())
+    shares[np.argmax(shares)] += max(missing, 0)
+    for _ in range(-missing):  # less than one for each symbol; taken where it is missed least
+        shares[np.argmax(shares)] -= 1
     return shares
 
 
@@ -117,7 +119,7 @@ class Decoder:
         self._coder = _stream().stack.AnsCoder(words) if len(words) else None
 
     def pop(self, count: int, frequency: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The next (count,) digits."""
+        """The next (count,) digits, count > 0."""
         if self._coder is None:
             self._coder = _stream().stack.AnsCoder()
         alphabet = len(frequency)
@@ -137,10 +139,3 @@ class Decoder:
             raise MessageEntropyError(
                 "the entropy-coded words do not end with the last symbol, expected an empty coder. Have it sent again."
             )
-
-
-def bits(digits: Sequence[int] | NDArray[Any]) -> float:
-    """Entropy of a histogram in bits for all its items together."""
-    counts = np.asarray(digits, np.float64)
-    seen = counts[counts > 0]
-    return float((seen * np.log2(seen.sum() / seen)).sum())

@@ -141,13 +141,12 @@ def _layers(problem: Problem, plan: Plan) -> tuple[tuple[Layer, ...], tuple[Ints
     """Layers of a plan, without empty ones, with all indices sent and their values as decoded."""
     layers, left = list[Layer](), problem.sizes
     indices, values = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-    rank: Ints | None = None  # of each coordinate among those that no earlier layer took
     found = plan.chosen or per_tensor(problem.scores, problem.sizes, plan.counts)
     for counts, choice, chosen in zip(plan.counts, plan.choice, found, strict=True):
         if not len(chosen):
             continue
-        rank = _ranks(len(problem.update), indices) if len(indices) > 1 else None
-        positions = (chosen if rank is None else rank[chosen]) - np.repeat(starts_of(left), counts)
+        rest = _ranks(len(problem.update), indices)[chosen] if layers else chosen
+        positions = rest - np.repeat(starts_of(left), counts)
         weights = None if problem.fisher is None else problem.fisher[chosen]
         exponent, scales, codes, blocks = quantize.apply(problem.update[chosen], counts, plan.names, choice, weights)
         layer = Layer(codes, supports(positions, counts, left), counts, exponent, scales, positions, blocks)

@@ -32,7 +32,7 @@ AGAIN = "Have the client send it again."
 class Header:
     """What a message says of itself. base and manifest: 16 bytes each; codes: bit c for code c.
 
-    Raises OptionError for a round or an identity that does not fit its field.
+    Raises OptionError for a round, an identity or a number of layers that does not fit its field.
     """
 
     base: bytes
@@ -45,6 +45,8 @@ class Header:
     def __post_init__(self) -> None:
         if not 0 <= self.round < 1 << 32:
             raise OptionError(f"a round is a number from 0 to 4294967295, found {self.round}")
+        if self.layers > MAX_LAYERS:
+            raise OptionError(f"a message has at most {MAX_LAYERS} layers, found {self.layers}. Use fewer shares.")
         if len(self.base) != HASH_BYTES:
             raise OptionError(
                 f"the base model's identity has {len(self.base)} bytes, expected the first {HASH_BYTES} of a SHA-256"

@@ -14,42 +14,44 @@ from fstq_infer.errors import MessageSupportError
 
 MAX_K = 24
 Ints = NDArray[np.int64]
+Gaps = NDArray[np.int32]  # sizes are below 2^31, and half the memory is half the time
 
 
-def gaps(positions: Ints, counts: Ints) -> Ints:
+def gaps(positions: Ints, counts: Ints) -> Gaps:
     """Distances from each position to the one before in its tensor, minus 1; the first's is the position itself.
 
     positions: ascending within each tensor, (sum of counts,). counts: all > 0.
     """
-    found = np.empty_like(positions)
-    np.subtract(positions[1:], positions[:-1], out=found[1:])
+    found = np.empty(len(positions), np.int32)
+    np.subtract(positions[1:], positions[:-1], out=found[1:], casting="same_kind")
     found -= 1
     starts = _starts(counts)
     found[starts] = positions[starts]
     return found
 
 
-def parameters(gap: Ints, counts: Ints) -> tuple[NDArray[np.uint8], Ints]:
+def parameters(gap: Gaps, counts: Ints) -> tuple[NDArray[np.uint8], Ints]:
     """(T,) best Rice parameter of each tensor, and the bits of its gaps with it. counts: all > 0."""
     starts = _starts(counts)
-    total = np.add.reduceat(gap, starts)
+    total = np.add.reduceat(gap, starts)  # below the tensor's size, so 32 bits hold it
     # k near log2(mean x ln 2) is best for a geometric law; real supports cluster, so lower ones are tried too.
     guess = np.floor(np.log2(np.maximum(total / counts * np.log(2), 1))).astype(np.int64)
     best_k, best = np.zeros_like(counts), np.full_like(counts, np.iinfo(np.int64).max)
     for offset in (-2, -1, 0, 1):
         k = np.clip(guess + offset, 0, MAX_K)
-        cost = np.add.reduceat(gap >> np.repeat(k, counts), starts) + counts * (k + 1)
+        quotients = gap >> np.repeat(k.astype(np.int32), counts)
+        cost = np.add.reduceat(quotients, starts) + counts * (k + 1)
         better = cost < best
         best_k, best = np.where(better, k, best_k), np.where(better, cost, best)
     return best_k.astype(np.uint8), best
 
 
-def encode(gap: Ints, k: NDArray[np.uint8], counts: Ints) -> tuple[int, bytes, list[tuple[int, NDArray[Any]]]]:
+def encode(gap: Gaps, k: NDArray[np.uint8], counts: Ints) -> tuple[int, bytes, list[tuple[int, NDArray[Any]]]]:
     """(bits of the unary stream, the stream, [(k, remainders)]) with tensors in the given order, k ascending.
 
     gap: (sum of counts,) in that order.
     """
-    ends = np.empty_like(gap)
+    ends = np.empty(len(gap), np.int64)
     remainders: list[tuple[int, NDArray[Any]]] = []
     for width, part in _runs(k, counts):
         np.right_shift(gap[part], width, out=ends[part])

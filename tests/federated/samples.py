@@ -14,6 +14,13 @@ from fstq_infer.federated.tensors import TensorManifest
 BASE = bytes(range(16))
 
 
+def entropy(histogram: Sequence[int] | NDArray[np.int64]) -> float:
+    """Bits of all items of a histogram together, as independent draws."""
+    counts = np.asarray(histogram, np.float64)
+    seen = counts[counts > 0]
+    return float((seen * np.log2(seen.sum() / seen)).sum())
+
+
 def manifest(sizes: Sequence[int]) -> TensorManifest:
     return TensorManifest(tuple((f"t{number}", (int(size),)) for number, size in enumerate(sizes)))
 

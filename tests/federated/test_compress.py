@@ -15,7 +15,7 @@ pytest.importorskip("constriction", reason="messages need the 'federated' extra"
 
 from fstq_infer.errors import DeltaError, MessageManifestError, MessageModelError, MessageRoundError, OptionError
 from fstq_infer.federated import message as messages
-from fstq_infer.federated.allocate import ALLOCATIONS, Fixed
+from fstq_infer.federated.allocate import ALLOCATIONS, Fixed, Percentile
 from fstq_infer.federated.compress import PRESETS, Compressor, decompress
 from fstq_infer.federated.feedback import FEEDBACKS, Forget, State
 from fstq_infer.federated.select import SELECTORS, Magnitude
@@ -182,7 +182,18 @@ def test_half_precision_deltas_are_read() -> None:
     assert all(np.array_equal(values, delta[name]) for name, values in decompress(blob, MANIFEST).items())
 
 
-@pytest.mark.parametrize("make", [lambda: Fixed(0), lambda: Fixed(1.5), lambda: Fixed(0.1, "int3")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Fixed(0),
+        lambda: Fixed(1.5),
+        lambda: Fixed(0.1, "int3"),
+        lambda: Percentile((0.1,)),
+        lambda: Percentile((0.9, 0.2), ("fp16", "int2")),
+        lambda: Percentile((0.1, 0.2), ("fp16", "int3")),
+        lambda: Compressor(MANIFEST, BASE, allocation=Percentile((0.1,) * 5, ("int2",) * 5)).compress(arrays(0)),
+    ],
+)
 def test_bad_settings(make: object) -> None:
     with pytest.raises(OptionError):
         make()  # type: ignore[operator]

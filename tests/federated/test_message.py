@@ -21,7 +21,7 @@ from fstq_infer.federated.quantize import QUANTIZERS
 from fstq_infer.federated.tensors import TensorManifest
 
 from . import reference
-from .samples import BASE, layer, manifest
+from .samples import BASE, entropy, layer, manifest
 
 LIGHT = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -66,7 +66,7 @@ def test_size_is_near_entropy(shape: tuple[int, ...], density: float, name: str)
     blob = messages.encode(Message.of((made,), shapes, BASE, 0), shapes)
     (block,) = made.blocks.values()
     kept = len(made.positions)
-    bound = ans.bits([kept, shapes.parameters - kept]) + kept + ans.bits(np.bincount(block.symbols))
+    bound = entropy([kept, shapes.parameters - kept]) + kept + entropy(np.bincount(block.symbols))
     few = 1.03 if min(made.counts) > 60 else 1.045  # 36 kept in a tensor cost 11 bits each, its scale and count 30
     assert 8 * len(blob) <= few * bound
 
@@ -76,7 +76,7 @@ def test_dense_supports_become_bitmaps(density: float) -> None:
     shapes = manifest([300_000])
     made, _, _ = layer(np.random.default_rng(0), shapes.sizes, [density], ["lloyd1"])
     kept = len(made.positions)
-    bound = ans.bits([kept, shapes.parameters - kept]) + kept
+    bound = entropy([kept, shapes.parameters - kept]) + kept
     assert 8 * len(messages.encode(Message.of((made,), shapes, BASE, 0), shapes)) <= 1.005 * bound + 8 * 80
 
 
@@ -143,6 +143,24 @@ def test_ans_equals_the_reference(alphabet: int) -> None:
 def test_frequencies(symbols: list[int]) -> None:
     found = ans.frequencies(np.array(symbols, np.uint8), 255)
     assert found.sum() == 4096 and all(found[symbol] > 0 for symbol in symbols) and found.min() >= 0
+
+
+@LIGHT
+@given(st.integers(0, 2**32), st.sampled_from([2, 4, 128, 255]), st.floats(0, 12))
+def test_frequencies_of_long_inputs(seed: int, alphabet: int, skew: float) -> None:
+    """Rare symbols have at least 1, and the others make room for them."""
+    counts = (10_000 * np.random.default_rng(seed).random(alphabet) ** skew).astype(int) + 1
+    found = ans.frequencies(np.repeat(np.arange(alphabet), counts).astype(np.uint8), alphabet)
+    assert found.sum() == 4096 and found.min() > 0
+    assert entropy(counts) <= -(counts * np.log2(found / 4096)).sum() <= 1.03 * entropy(counts) + 16
+
+
+def test_frequencies_when_every_share_rounds_up() -> None:
+    counts = np.full(255, 2 * 10**4)
+    counts[127:] = 4
+    counts[:127] += 300
+    found = ans.frequencies(np.repeat(np.arange(255), counts).astype(np.uint8), 255)
+    assert found.sum() == 4096 and found.min() == 1 and found.max() < 40
 
 
 @pytest.mark.parametrize(
