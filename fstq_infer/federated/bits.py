@@ -75,4 +75,7 @@ class Cursor:
     def array(self, count: int, dtype: str, what: str) -> NDArray[Any]:
         """The next ``count`` little-endian numbers, an aligned copy in native order."""
         wire = np.dtype(dtype).newbyteorder("<")
-        return np.frombuffer(self.take(count * wire.itemsize, what).tobytes(), wire).astype(wire.newbyteorder("="))
+        source = self.take(count * wire.itemsize, what)
+        numbers = np.empty(count, wire)
+        numbers.view(np.uint8)[:] = source
+        return numbers.astype(wire.newbyteorder("="), copy=False)

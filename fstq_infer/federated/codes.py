@@ -55,7 +55,7 @@ class Code:
         if self.name == "bf16":
             return (block.raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
         if self.raw:
-            return block.raw.astype(np.float32)
+            return block.raw.astype(np.float32, copy=False)
         table = block.table.astype(np.float32) if self.learned else np.array(self.table, np.float32)
         if not self.signed:
             return table.take(block.symbols)

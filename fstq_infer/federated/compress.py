@@ -35,6 +35,8 @@ PRESETS: Mapping[str, tuple[str, str, str]] = {  # name -> selector, allocation,
     "lossless": ("magnitude", "lossless", "none"),
 }
 
+Fitted = tuple[bytes, tuple[Layer, ...], Ints]  # a message, its layers, the indices of what they send
+
 
 @dataclass(frozen=True, slots=True)
 class Compressor:
@@ -84,12 +86,13 @@ class Compressor:
         weights = None if fisher is None else _weights(self.manifest.flatten(fisher, "Fisher"))
         scores = self.selector(update, weights, self.seed + round)
         problem = Problem(scores, update, weights, self.manifest.sizes)
-        blob, sent = self._fit(problem, budget, round)
-        return blob, self.feedback.after(update, pending, *sent)
+        blob, layers, sent = self._fit(problem, budget, round)
+        values = np.concatenate([np.empty(0, np.float32), *(layer.values() for layer in layers)])
+        return blob, self.feedback.after(update, pending, sent, values)
 
-    def _fit(self, problem: Problem, budget: int | None, round: int) -> tuple[bytes, tuple[Ints, Floats]]:
+    def _fit(self, problem: Problem, budget: int | None, round: int) -> Fitted:
         """The fullest message within the budget that a few plans give: a plan's bits are only a model of its bytes."""
-        best: tuple[bytes, tuple[Ints, Floats]] | None = None
+        best: Fitted | None = None
         columns = len(problem.sizes) * COLUMN_BITS
         bits = None if budget is None else max(8.0 * (budget - HEADER_BYTES) - columns, 64.0)
         plan = self.allocation.planner(problem)
@@ -98,10 +101,10 @@ class Compressor:
             layers, sent = _layers(problem, plan(bits))
             blob = messages.encode(Message.of(layers, self.manifest, self.base, round), self.manifest)
             if budget is None or bits is None:
-                return blob, sent
+                return blob, layers, sent
             if len(blob) <= budget:
                 stalled = best is not None and len(blob) <= len(best[0])  # more bits no longer help
-                best = best if stalled else (blob, sent)
+                best = best if stalled else (blob, layers, sent)
                 if stalled or len(blob) >= FULL * budget:
                     break
                 fits = bits
@@ -115,8 +118,7 @@ class Compressor:
                 bits *= min(max(0.99 * budget / len(blob), 0.25), 4.0) if fits else min(0.98 * budget / len(blob), 0.9)
         if best is None:
             empty = Message.of((), self.manifest, self.base, round)
-            nothing = np.empty(0, np.int64), np.empty(0, np.float32)
-            best = messages.encode(empty, self.manifest), nothing
+            best = messages.encode(empty, self.manifest), (), np.empty(0, np.int64)
         return best
 
 
@@ -137,10 +139,9 @@ def _weights(fisher: Floats) -> Floats:
     return np.divide(fisher, mean, out=fisher, casting="same_kind")
 
 
-def _layers(problem: Problem, plan: Plan) -> tuple[tuple[Layer, ...], tuple[Ints, Floats]]:
-    """Layers of a plan, without empty ones, with all indices sent and their values as decoded."""
-    layers, left = list[Layer](), problem.sizes
-    indices, values = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+def _layers(problem: Problem, plan: Plan) -> tuple[tuple[Layer, ...], Ints]:
+    """Layers of a plan, without empty ones, and the indices of all that they send, layer by layer."""
+    layers, left, indices = list[Layer](), problem.sizes, [np.empty(0, np.int64)]
     found = plan.chosen or per_tensor(problem.scores, problem.sizes, plan.counts)
     for counts, choice, chosen in zip(plan.counts, plan.choice, found, strict=True):
         if not len(chosen):
@@ -152,9 +153,8 @@ def _layers(problem: Problem, plan: Plan) -> tuple[tuple[Layer, ...], tuple[Ints
         layer = Layer(codes, supports(positions, counts, left), counts, exponent, scales, positions, blocks)
         layers.append(layer)
         indices.append(chosen)
-        values.append(layer.values())
         left = left - counts
-    return tuple(layers), (np.concatenate(indices), np.concatenate(values))
+    return tuple(layers), np.concatenate(indices)
 
 
 def _ranks(total: int, taken: list[Ints]) -> Ints:

@@ -34,10 +34,10 @@ def parameters(gap: Gaps, counts: Ints) -> tuple[NDArray[np.uint8], Ints]:
     """(T,) best Rice parameter of each tensor, and the bits of its gaps with it. counts: all > 0."""
     starts = _starts(counts)
     total = np.add.reduceat(gap, starts)  # below the tensor's size, so 32 bits hold it
-    # k near log2(mean x ln 2) is best for a geometric law; real supports cluster, so lower ones are tried too.
+    # k near log2(mean x ln 2) is best for a geometric law; real supports cluster, which makes a lower one better.
     guess = np.floor(np.log2(np.maximum(total / counts * np.log(2), 1))).astype(np.int64)
     best_k, best = np.zeros_like(counts), np.full_like(counts, np.iinfo(np.int64).max)
-    for offset in (-2, -1, 0, 1):
+    for offset in (-1, 0, 1):
         k = np.clip(guess + offset, 0, MAX_K)
         quotients = gap >> np.repeat(k.astype(np.int32), counts)
         cost = np.add.reduceat(quotients, starts) + counts * (k + 1)
