@@ -1,6 +1,6 @@
 """Speed of the message codec on one core, and bits per parameter beside the entropy of what is sent.
 
-python bench/codec.py      two minutes; writes results/codec.json
+python bench/codec.py      some minutes; writes results/codec.json
 
 Parameters are those of the dense delta. `encode` is all of Compressor.compress: from named arrays over selection,
 quantizing and coding to bytes. `decode` is the reverse: from bytes to named dense arrays, all checks included. Times
@@ -109,14 +109,7 @@ def main() -> None:
     for model, widths in MODELS.items():
         rng = np.random.default_rng(0)
         names = shapes(*widths)
-        delta = {
-            name: rng.standard_t(
-                4,
-                shape,
-            ).astype(np.float32)
-            * np.float32(1e-3)
-            for name, shape in names.items()
-        }
+        delta = {name: (1e-3 * rng.standard_t(4, shape)).astype(np.float32) for name, shape in names.items()}
         manifest = TensorManifest.of(delta)
         for code, density in [("lloyd2", density) for density in DENSITIES] + [("lloyd1", 0.05), ("lloyd3", 0.05)]:
             # A random selector gives Bernoulli supports, the case in which the entropy is known; its draws take long,
