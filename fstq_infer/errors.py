@@ -86,3 +86,79 @@ class PromptError(FstqError):
 
 class OptionError(FstqError):
     """An option's name or value is not accepted."""
+
+
+class DeltaError(FstqError):
+    """A delta to be compressed does not fit its manifest, or is not finite; the message names the tensor."""
+
+
+class MessageError(FstqError):
+    """A federated message cannot be read (docs/wire-format.md); one subclass for each kind of damage."""
+
+
+class MessageTruncatedError(MessageError):
+    """The message ends before its last part does."""
+
+
+class MessageTrailingError(MessageError):
+    """Bytes follow the end of the message."""
+
+
+class MessageFormatError(MessageError):
+    """The bytes are no message of this format."""
+
+
+class MessageVersionError(MessageError):
+    """The message was written in another version, or needs a feature that this reader lacks."""
+
+
+class MessageSizeError(MessageError):
+    """A declared size is above what the manifest allows."""
+
+
+class MessageChecksumError(MessageError):
+    """The content does not match its checksum."""
+
+
+class MessageModelError(MessageError):
+    """The message was made for another base model."""
+
+
+class MessageManifestError(MessageError):
+    """The message was made for another list of tensors."""
+
+
+class MessageRoundError(MessageError):
+    """The message belongs to another round."""
+
+
+class MessageCodecError(MessageError):
+    """A code is unknown, or is not among those that the header announces."""
+
+
+class MessageCountError(MessageError):
+    """A tensor has more coordinates than it can have, or its count contradicts its code."""
+
+
+class MessageScaleError(MessageError):
+    """A scale is not finite, not positive or too large for its table."""
+
+
+class MessageTableError(MessageError):
+    """A table of magnitudes or of frequencies is not well-formed."""
+
+
+class MessageSupportError(MessageError):
+    """The coded positions do not lie in their tensor, or are not as many as declared."""
+
+
+class MessagePaddingError(MessageError):
+    """A padding bit is set."""
+
+
+class MessageEntropyError(MessageError):
+    """The entropy-coded words do not hold the declared symbols."""
+
+
+class MessageValueError(MessageError):
+    """A raw value is NaN or infinite."""

@@ -70,11 +70,19 @@ def _weight(graph: ir.Graph, node: ir.Node) -> Weight | None:
             return None
     if not path or source is None or source.op_type != "DequantizeLinear" or len(source.inputs) != 2:
         return None
-    codes, scales = (value.const_value if value is not None else None for value in source.inputs)
+    codes, scales = (_stored(value) for value in source.inputs)
     if codes is None or scales is None or len(codes.shape) != 2:
         return None
     block = source.attributes["block_size"].as_int() if "block_size" in source.attributes else 0
     return Weight(graph, str(codes.name), codes.numpy(), scales.numpy().astype(np.float32), block)
+
+
+def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """An initializer's tensor, also of one that is read through a Cast."""
+    producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type == "Cast":
+        value = producer.inputs[0]
+    return value.const_value if value is not None else None
 
 
 class Weight:
