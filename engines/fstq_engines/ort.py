@@ -121,10 +121,10 @@ def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, 
     try:
         with atomic_directory(target, overwrite=True, marker=SIDECAR) as partial:
             say("optimising the graph")
-            _optimise(bundle, partial, threads)
+            rounded = _optimise(bundle, partial, threads)
             say("comparing the engine with the bundle")
             found = parity.run(OrtEngine(partial, bundle, threads=threads), made)
-            result = parity.compare(made, expected, found, bundle.manifest.model.dtype)
+            result = parity.compare(made, expected, found, bundle.manifest.model.dtype, rounded)
             sidecar = Sidecar(
                 identity=wanted,
                 bundle_path=str(bundle.path.absolute()),
@@ -139,8 +139,11 @@ def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, 
     say(f"built {target} in {sidecar.build_seconds:.1f} s")
 
 
-def _lower(bundle: Bundle, out: Path) -> Path:
-    """The bundle's graph as this onnxruntime runs it best, written into ``out`` with all its weights."""
+def _lower(bundle: Bundle, out: Path) -> bool:
+    """Write the bundle's graph as this onnxruntime runs it best into ``out``, with all its weights.
+
+    Returns whether it rounds inputs of layers.
+    """
     try:
         import onnx_ir as ir
 
@@ -148,7 +151,8 @@ def _lower(bundle: Bundle, out: Path) -> Path:
         from fstq_engines.static_cache import StaticCache, probe_model
     except ModuleNotFoundError as error:
         raise MissingExtraError("Building an engine", error.name or "onnx_ir", "ort") from error
-    passes: list[Any] = [QuantizedLayers()]
+    layers = QuantizedLayers()
+    passes: list[Any] = [layers]
     try:
         import_onnxruntime().InferenceSession(probe_model(), session_options(1), providers=["CPUExecutionProvider"])
     except Exception:  # ONNX Runtime's exceptions have no common base
@@ -163,12 +167,13 @@ def _lower(bundle: Bundle, out: Path) -> Path:
         ) from error
     out.mkdir()
     ir.save(model, out / MODEL, external_data=WEIGHTS)
-    return out / MODEL
+    return layers.changed > 0
 
 
-def _optimise(bundle: Bundle, out: Path, threads: int | None) -> None:
-    """Write the lowered and optimised graph and its weights into ``out``."""
-    ort, options, graph = import_onnxruntime(), session_options(threads), _lower(bundle, out / LOWERED)
+def _optimise(bundle: Bundle, out: Path, threads: int | None) -> bool:
+    """Write the lowered and optimised graph and its weights into ``out``; whether it rounds inputs of layers."""
+    ort, options = import_onnxruntime(), session_options(threads)
+    rounded = _lower(bundle, out / LOWERED)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(out / MODEL)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
@@ -176,9 +181,10 @@ def _optimise(bundle: Bundle, out: Path, threads: int | None) -> None:
         "session.optimized_model_external_initializers_min_size_in_bytes", str(INLINE_BYTES)
     )
     try:
-        ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        ort.InferenceSession(str(out / LOWERED / MODEL), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise EngineError(
             f"onnxruntime {ort.__version__} cannot optimise {bundle.file(MODEL)}: {brief(error)}"
         ) from error
     shutil.rmtree(out / LOWERED)
+    return rounded
