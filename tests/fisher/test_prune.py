@@ -13,9 +13,9 @@ pytest.importorskip("torch", reason="torch is not installed; it comes with the '
 import torch
 
 from fstq_infer.fisher.gates import outcome, run
-from fstq_infer.fisher.hooks import Decoder, watch
+from fstq_infer.fisher.hooks import Decoder, drop_bias, watch
 from fstq_infer.fisher.items import Item, collate
-from fstq_infer.fisher.prune import drop_bias, pruned_outcome
+from fstq_infer.fisher.prune import pruned_outcome
 from fstq_infer.fisher.select import keep_count, select
 
 from .models import FAMILIES, LAYERS, tiny, tokens
@@ -57,7 +57,8 @@ def test_masking_equals_removing(layer: int, keep: float) -> None:
     with torch.no_grad(), watch(decoder) as seen:
         seen.bias.update(dict.fromkeys(range(layer, LAYERS), drop_bias(choice, batch)))
         masked = run(decoder, batch)
-    exact, nll = pruned_outcome(decoder, ITEMS, layer, lambda indices: [choice[i] for i in indices])
+    found = pruned_outcome(decoder, ITEMS, (layer,), lambda _stage, i, *_: choice[i])
+    assert all(np.array_equal(a, b) for a, b in zip(found.cuts[0].kept, choice, strict=True))
     with torch.no_grad():
         dense = run(decoder, batch)
     for row, item in enumerate(ITEMS):
@@ -65,8 +66,8 @@ def test_masking_equals_removing(layer: int, keep: float) -> None:
             wanted = removed(model, item, layer, choice[row].tolist())
         answer = torch.tensor(item.answer)
         torch.testing.assert_close(masked[row, : len(answer)], wanted, rtol=1e-4, atol=1e-4)
-        assert nll[row] == pytest.approx(float(torch.nn.functional.cross_entropy(wanted, answer)), rel=1e-4)
-        assert exact[row] == bool((wanted.argmax(-1) == answer).all())
+        assert found.nll[row] == pytest.approx(float(torch.nn.functional.cross_entropy(wanted, answer)), rel=1e-4)
+        assert found.exact[row] == bool((wanted.argmax(-1) == answer).all())
         if len(choice[row]) < len(item.prompt):
             assert not torch.allclose(masked[row, : len(answer)], dense[row, : len(answer)], atol=1e-3)
 
@@ -76,17 +77,17 @@ def test_keeping_everything_is_dense(family: str) -> None:
     decoder, batch = Decoder.of(tiny(family)), collate(ITEMS)
     with torch.no_grad():
         hit, loss = outcome(run(decoder, batch), batch)
-    exact, nll = pruned_outcome(decoder, ITEMS, 1, lambda indices: [np.arange(len(ITEMS[i].prompt)) for i in indices])
-    assert exact.tolist() == hit.tolist() and nll == pytest.approx(loss.tolist(), rel=1e-4)
+    found = pruned_outcome(decoder, ITEMS, (1,), lambda _stage, _row, tokens, _scores: tokens)
+    assert found.exact.tolist() == hit.tolist() and found.nll == pytest.approx(loss.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_do_not_depend_on_their_batch(family: str) -> None:
     decoder = Decoder.of(tiny(family))
-    exact, nll = pruned_outcome(decoder, ITEMS, 2, lambda indices: [kept(ITEMS[i], 0.4, i) for i in indices])
+    found = pruned_outcome(decoder, ITEMS, (2,), lambda _stage, i, *_: kept(ITEMS[i], 0.4, i))
     for index, item in enumerate(ITEMS):
-        alone = pruned_outcome(decoder, [item], 2, lambda _, item=item, index=index: [kept(item, 0.4, index)])
-        assert alone[0][0] == exact[index] and alone[1][0] == pytest.approx(nll[index], rel=1e-4)
+        alone = pruned_outcome(decoder, [item], (2,), lambda *_, item=item, index=index: kept(item, 0.4, index))
+        assert alone.exact[0] == found.exact[index] and alone.nll[0] == pytest.approx(found.nll[index], rel=1e-4)
 
 
 def test_drop_bias() -> None:
