@@ -180,8 +180,8 @@ class _Checked:
 
     def __call__(self, number: int, row: int, tokens: Int64, scores: NDArray[np.float32]) -> Int64:
         """Tokens that stay; raises VerificationError where torch would have kept other ones."""
-        theirs = self.kept[number + 1][row]
-        theirs = theirs[theirs >= 0] - self.padding[row]
+        columns = self.kept[number + 1][row]
+        theirs = np.asarray(columns[columns >= 0] - self.padding[row], np.int64)
         self.same.append(self._same(number, row, tokens, scores, theirs))
         return theirs
 

@@ -20,11 +20,9 @@ from fstq_infer.fisher.items import Batch, Cut, Item, batches
 from fstq_infer.fisher.probe import Probe
 
 Int64 = NDArray[np.int64]
+# (stage, row, tokens still there, their scores) -> those that stay. Tokens are ascending indices into the row's prompt;
+# at a stage without a probe there are no scores.
 Choose = Callable[[int, int, Int64, NDArray[np.float32]], Int64]
-"""(stage, row, tokens still there, their scores) -> those that stay; tokens are ascending indices into the row's prompt.
-
-Scores are empty at a stage without a probe.
-"""
 
 
 @contextmanager
@@ -76,16 +74,18 @@ def pruned_outcome(
 ) -> Pruned:
     """All items, pruned before each of ``layers``; for ``choose`` a row is an index into ``items``."""
     exact, nll = np.zeros(len(items), bool), np.zeros(len(items))
-    cuts = tuple(Cut(layer, [np.zeros(0, np.int64)] * len(items)) for layer in layers)
+    kept_by_stage = [[np.zeros(0, np.int64)] * len(items) for _ in layers]
     for indices, batch in batches(items):
 
-        def row_of(stage: int, row: int, tokens: Int64, scores: NDArray[np.float32], at: Sequence[int] = indices) -> Int64:
+        def row_of(
+            stage: int, row: int, tokens: Int64, scores: NDArray[np.float32], at: Sequence[int] = indices
+        ) -> Int64:
             return choose(stage, at[row], tokens, scores)
 
         with pruning(decoder, batch, layers, row_of, probes or [None] * len(layers)) as kept:
             hit, loss = outcome(run(decoder, batch), batch)
         exact[indices], nll[indices] = hit.numpy(), loss.double().numpy()
-        for cut, left in zip(cuts, kept[1:], strict=True):
+        for found, left in zip(kept_by_stage, kept[1:], strict=True):
             for index, tokens in zip(indices, left, strict=True):
-                cut.kept[index] = tokens
-    return Pruned(exact, nll, cuts)
+                found[index] = tokens
+    return Pruned(exact, nll, tuple(map(Cut, layers, kept_by_stage)))

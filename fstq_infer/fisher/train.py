@@ -103,9 +103,7 @@ class SoftGates:
     def __call__(self, seen: Seen) -> None:
         present = self.present or Present.of(self.batch)
         scores = self.probe(features(seen, self.layers.start, self.batch, present, self.probe.queries))
-        bias, self.excess = soft_bias(
-            scores, present.valid, self.keeps, self.sink, self.probe.window, self.temperature
-        )
+        bias, self.excess = soft_bias(scores, present.valid, self.keeps, self.sink, self.probe.window, self.temperature)
         spread = torch.zeros(len(bias), self.batch.prompt).scatter_add(1, present.columns, bias)  # padding adds 0
         full = key_bias(spread, self.batch.ids.shape[1])
         seen.bias.update({layer: full + self.hidden.get(layer, 0) for layer in self.layers})
@@ -139,9 +137,9 @@ def tune(
 ) -> None:
     """Tune the probe in place so that the gated model answers as the dense one does; the model stays as it is.
 
-    observations: of the items, in their order. cuts: what earlier stages left of them; the keep ratios that are tried
-    are then what all stages leave, of which each drops the same share. The temperature falls from 1 to 0.15; lower ones, and many more steps,
-    were seen to ruin the probe.
+    observations: of the items, in their order. cuts: what earlier stages left of them; a keep ratio that is tried is
+    then what all stages leave together, each the same share of what reached it. The temperature falls from 1 to 0.15;
+    lower ones, and many more steps, were seen to ruin the probe.
     """
     optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)

@@ -15,7 +15,6 @@ import pytest
 
 pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
 
-from fstq_export.calibrate import Recipe
 from fstq_export.contract import (
     Outcome,
     bound,
@@ -27,6 +26,7 @@ from fstq_export.contract import (
     split,
 )
 from fstq_export.pipeline import Request, export
+from fstq_export.recipe import Recipe
 
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import (
@@ -112,7 +112,7 @@ def test_the_same_seed_gives_the_same_probe(llama: Path, calib: Path, tmp_path: 
 def test_an_impossible_contract_exports_dense(
     llama: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fstq_export.calibrate.drop", lambda *_: 0.5)
+    monkeypatch.setattr("fstq_export.heldout.drop", lambda *_: 0.5)
     done = export(Request(str(llama), tmp_path / "b", Recipe(max_quality_drop=0.01), calib))
     assert Bundle.open(tmp_path / "b").manifest.stages == ()
     assert not done.report["calibration"]["met"]
@@ -204,7 +204,8 @@ def test_policy_pieces() -> None:
     lucky = {keep: (lost, lost + 0.002) for keep, lost in ((0.5, 0.05), (0.25, 0.0), (0.125, 0.2))}
     assert smallest_allowed(lucky, 0.01) is None  # nor does a lucky 0.25 decide it
     assert smallest_allowed({0.5: (0.0, 0.016)}, 0.01) is None and smallest_allowed({0.5: (0.0, 0.014)}, 0.01) == 0.5
-    assert relative_cost(6, 24, 0.25) == pytest.approx(0.4375)
+    assert relative_cost((6,), 24, (0.25,)) == pytest.approx(0.4375)
+    assert relative_cost((4, 8), 24, (0.5, 0.25)) == pytest.approx((4 + 2 + 4) / 24)
     dense, pruned = Outcome(np.ones(10), np.full(10, 0.5)), Outcome(np.array([1.0] * 9 + [0.0]), np.full(10, 0.6))
     assert drop(dense, pruned, "exact match") == pytest.approx(0.1)
     assert drop(dense, pruned, "nll") == pytest.approx(0.2)

@@ -76,7 +76,8 @@ def full() -> Report:
             },
             "candidates": [
                 {
-                    "layer": layer,
+                    "layers": [layer],
+                    "keeps": [keep],
                     **point(keep, exact),
                     "probe": PROBE,
                     "relative_cost": layer / 5 + keep * (1 - layer / 5),
@@ -84,7 +85,13 @@ def full() -> Report:
                 for layer in (1, 2)
                 for keep, exact in ((0.75, 0.9), (0.5, 0.88 if layer == 1 else 0.9163), (0.25, 0.7))
             ],
-            "chosen": {"layer": 2, **point(0.5, 0.9163), "interval": [-0.006, 0.014], "bound": 0.014},
+            "chosen": {
+                "layers": [2],
+                "keeps": [0.5],
+                **point(0.5, 0.9163),
+                "interval": [-0.006, 0.014],
+                "bound": 0.014,
+            },
             "met": True,
             "curves": {
                 "probe": [point(0.5, 0.9163), point(0.25, 0.7)],
@@ -146,7 +153,9 @@ def uncalibrated() -> Report:
 def unmet() -> Report:
     report = full()
     report["calibration"] |= {"chosen": None, "met": False, "example": None}
-    report["calibration"]["candidates"] = [{"layer": 2, **point(0.75, 0.8832), "probe": PROBE, "relative_cost": 0.85}]
+    report["calibration"]["candidates"] = [
+        {"layers": [2], "keeps": [0.75], **point(0.75, 0.8832), "probe": PROBE, "relative_cost": 0.85}
+    ]
     report["calibration"]["adaptive"] = {"chosen": None, "rows": [{**point(0.7, 0.8832), "mass": 0.98, "bound": 0.08}]}
     report["graph"]["stages"], report["verification"]["pruned"] = [], None
     report["timing"] = {"skipped": "the model has more than 200 million parameters"}
