@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from common import RESULTS, SHARED, target, write
 from fstq_export import data, source
-from fstq_export.calibrate import WINDOW, Recipe
+from fstq_export.calibrate import WINDOW
 from fstq_export.command import bars
 from fstq_export.demo import facts
 from fstq_export.demo.run import MODEL, is_exact, room
 from fstq_export.demo.train import amounts
 from fstq_export.pipeline import Request, export
+from fstq_export.recipe import Recipe
 from fstq_export.reference import reference
 
 from fstq_infer import Generator
@@ -218,16 +219,14 @@ def baselines(task: Task, test: Test, recipe: Recipe, metric: str) -> dict[tuple
             scores = [SCORES[name](e) for e in evidence]
             for keep in KEEPS:
 
-                def choose(indices: Sequence[int], keep: float = keep, scores: Any = scores) -> list[Any]:
-                    chosen = []
-                    for i in indices:
-                        count = keep_count(len(scores[i]), keep, recipe.sink, WINDOW)
-                        rest = np.arange(len(scores[i]), len(whole[i].prompt))
-                        chosen.append(np.append(select(scores[i], count, recipe.sink, WINDOW), rest))
-                    return chosen
+                def choose(
+                    _stage: int, i: int, tokens: Any, _own: Any, keep: float = keep, scores: Any = scores
+                ) -> Any:
+                    count = keep_count(len(scores[i]), keep, recipe.sink, WINDOW)
+                    return np.append(select(scores[i], count, recipe.sink, WINDOW), tokens[len(scores[i]) :])
 
-                exact, nll = pruned_outcome(decoder, whole, task.layer, choose)
-                out[name, keep] = (exact if metric == "exact" else nll).astype(float).tolist()
+                pruned = pruned_outcome(decoder, whole, (task.layer,), choose)
+                out[name, keep] = (pruned.exact if metric == "exact" else pruned.nll).astype(float).tolist()
     return out
 
 

@@ -198,10 +198,14 @@ def _keep(data: JsonObject, stages: int) -> float | tuple[float, ...]:
     """A keep ratio, or a list of one for each stage."""
     if not isinstance(data.get("keep", "a keep ratio"), list):
         return data.number("keep", above=0, high=1)
-    ratios = [ratio for ratio in data.array("keep") if isinstance(ratio, int | float) and 0 < ratio <= 1]
-    if not len(ratios) == len(data.array("keep")) == stages or ratios != sorted(ratios, reverse=True):
-        raise data.bad("keep", f"a number, or one for each of {stages} stages: above 0, at most 1, not rising")
-    return tuple(map(float, ratios))
+    given, ratios = data.array("keep"), []
+    for ratio in given:
+        if isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio <= (ratios or [1.0])[-1]:
+            ratios.append(float(ratio))
+    if not len(ratios) == len(given) == stages > 1:
+        expected = "a number above 0 and at most 1, or a list of such numbers that do not rise, one for each stage of"
+        raise data.bad("keep", f"{expected} several ({stages} here)")
+    return tuple(ratios)
 
 
 def _pruning(data: JsonObject, stages: int) -> Pruning:

@@ -380,6 +380,22 @@ def test_verdict(change: dict[str, Any], expected: str) -> None:
     assert expected in plain(Page(render(report)).text)
 
 
+def test_several_stages_are_told_apart() -> None:
+    report = full()
+    report["graph"]["stages"].append({"layer": 3, "sink": 1, "window": 16})
+    setting = {"layers": [2, 3], "keeps": [0.7, 0.5], **point(0.5, 0.9163)}
+    report["calibration"]["chosen"] |= setting
+    report["calibration"]["candidates"].append({**setting, "probe": PROBE, "relative_cost": 0.74})
+    page = Page(render(report))
+    assert verdict(report).startswith("Keeping 70 % of the prompt from layer 2 on and 50 % from layer 3 on costs")
+    text = plain(page.text)
+    assert "50 % from layer 3 of 5, 70 % from layer 2" in text and "cost of a prompt0.74" in text
+    assert (
+        "tokens kept are those after the last stage" in text and "5 of its 8 tokens stay after the last stage" in text
+    )
+    assert "mean layer 2, where tokens first leave" in text
+
+
 def test_verdict_without_calibration() -> None:
     report = uncalibrated()
     assert verdict(report).endswith("nothing is known about quality; this bundle is dense.")
