@@ -56,7 +56,9 @@ def fresh_drops(decoder: Decoder, calibrator: Calibrator, result: Any, items: li
     """What the calibrated probe loses on fresh items, for what it claims: at a keep ratio, and adaptively."""
     sink, window = calibrator.recipe.sink, calibrator.window
     stages = [Stage(layer, sink, window) for layer in result.layers]
-    spans = [probe.span.shape[2] for probe in result.probes]
+    spans: list[int] = []
+    for probe in result.probes:
+        spans.append(spans[-1] if probe is None else int(probe.span.shape[2]))
 
     def outcome(count: Callable[[int, int, Any], int]) -> Outcome:
         """count: (stage, tokens of the prompt, scores) -> how many stay."""

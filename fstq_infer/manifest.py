@@ -198,7 +198,8 @@ def _keep(data: JsonObject, stages: int) -> float | tuple[float, ...]:
     """A keep ratio, or a list of one for each stage."""
     if not isinstance(data.get("keep", "a keep ratio"), list):
         return data.number("keep", above=0, high=1)
-    given, ratios = data.array("keep"), []
+    given = data.array("keep")
+    ratios: list[float] = []
     for ratio in given:
         if isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio <= (ratios or [1.0])[-1]:
             ratios.append(float(ratio))

@@ -57,19 +57,21 @@ _log = logging.getLogger(__name__)
 class Calibration:
     """The result: the stages' prune layers and probes, the chosen keep ratios, and what was measured (for the report).
 
-    score: the sensitivities that the probes were distilled from. keeps: of the prompt, after each stage. example: a
-    held-out item, its tokens' scores before the first stage, and which stay after the last. auto: the share of the
-    score mass that keeps the contract, if any.
+    probes: None where a stage goes on with the scores of the one before. score: the sensitivities that the probes were
+    distilled from. keeps: of the prompt, after each stage. example: a
+    held-out item, its tokens' scores before the first stage, and which stay after the last. window: so many last
+    tokens always stay. auto: the share of the score mass that keeps the contract, if any.
     """
 
     layers: tuple[int, ...]
-    probes: tuple[Probe, ...]
+    probes: tuple[Probe | None, ...]
     score: str
     keeps: tuple[float, ...]
     drop: float
     metric: str
     met: bool
     example: tuple[Item, Array, frozenset[int]]
+    window: int
     auto: Auto | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -150,7 +152,7 @@ class Calibrator:
         return evidence
 
     def _later(self, best: Trial, layer: int, held: HeldOut) -> Trial:
-        """The best probe for one more stage, trained and measured on what the stages of ``best`` leave.
+        """One more stage: the best probe, trained on what the stages of ``best`` leave, or their scores carried on.
 
         They leave more of one training item and less of another, as they will at other keep ratios at run time.
         """
@@ -165,7 +167,8 @@ class Calibrator:
         def later(kind: str, layer: int, score: str, probe: Probe) -> Trial:
             return Trial(kind, layer, score, probe, best.evidence, best.stages)
 
-        return self._stage([layer], seen, later, held, cuts)
+        carried = Trial("carried", layer, best.score, best.probe, best.evidence, best.stages)
+        return min((carried, self._stage([layer], seen, later, held, cuts)), key=held.rating)
 
     def _stage(
         self,
@@ -272,9 +275,9 @@ class Calibrator:
             lost = min(held.drop(trial, keep) for keep in KEEPS)
         stages = trial.stages
         score = ", ".join(stage.score for stage in stages)
-        probes = tuple(stage.probe for stage in stages)
+        probes = tuple(stage.own for stage in stages)
         example = self._example(trial, held)
-        result = Calibration(trial.layers, probes, score, keeps, lost, metric, met, example, auto)
+        result = Calibration(trial.layers, probes, score, keeps, lost, metric, met, example, self.window, auto)
         low, high = interval(dense, outcome, metric, self.recipe.seed)
         lengths = sorted(len(item.prompt) for item in self.training)
         chosen = held.row(outcome, keeps[-1]) | {"layers": trial.layers, "keeps": keeps}

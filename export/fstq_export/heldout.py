@@ -22,17 +22,17 @@ from fstq_infer.runtime.engine import Stage
 from fstq_infer.runtime.options import Keep, keep_counts, keep_ratios
 
 COMPARE = (0.5, 0.25)  # keep ratios at which candidate probes are compared
-Count = Callable[
-    [int, int, NDArray[np.floating]], int
-]  # (stage, item, scores of the tokens still there) -> how many stay
+# (stage, item, scores of the tokens still there) -> how many stay
+Count = Callable[[int, int, NDArray[np.floating]], int]
 Key = tuple[str, tuple[int, ...], tuple[float, ...]]  # (probe or scorer, prune layers, keep ratios)
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A probe before a layer. kind: "distilled" or "tuned"; score: the sensitivity it was distilled from.
+    """A probe before a layer. kind: "distilled", "tuned" or "carried"; score: the sensitivity it was distilled from.
 
-    before: the trials of earlier stages. evidence: of the held-out items before the first stage.
+    A stage that goes on with the scores of the one before is "carried", and probe is that stage's. before: the trials
+    of earlier stages. evidence: of the held-out items before the first stage.
     """
 
     kind: str
@@ -51,6 +51,11 @@ class Trial:
     def span(self) -> int:
         """Tokens that a score is summed over."""
         return int(self.probe.span.shape[2])
+
+    @property
+    def own(self) -> Probe | None:
+        """The probe that runs at this stage, if one does."""
+        return None if self.kind == "carried" else self.probe
 
     @property
     def stages(self) -> tuple[Trial, ...]:
@@ -127,7 +132,7 @@ class HeldOut:
             found = scores if len(scores) else first[row][tokens]
             return tokens[select(found, count(stage, item, found), sink, window)]
 
-        later = [None if name else stage.probe for stage in trial.stages[1:]]
+        later = [None if name else stage.own for stage in trial.stages[1:]]
         started = time.monotonic()
         items = [self.items[i] for i in chosen]
         found = pruned_outcome(self.decoder, items, trial.layers, choose, [None, *later])
@@ -185,4 +190,4 @@ def training_cuts(
     def choose(stage: int, item: int, tokens: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.int64]:
         return tokens[select(scores, counts[item][stage], stages[stage].sink, stages[stage].window)]
 
-    return pruned_outcome(decoder, items, trial.layers, choose, [one.probe for one in trial.stages]).cuts
+    return pruned_outcome(decoder, items, trial.layers, choose, [one.own for one in trial.stages]).cuts

@@ -180,7 +180,7 @@ class Export:
             if not useful and recipe.prune_layer is None and recipe.keep is None:
                 return []
             return [
-                PruneStage(Stage(layer, recipe.sink, probe.window), probe.arrays(), probe.queries)
+                PruneStage(Stage(layer, recipe.sink, calibration.window), None if probe is None else probe.arrays())
                 for layer, probe in zip(calibration.layers, calibration.probes, strict=True)
             ]
         if not recipe.layers:
@@ -195,14 +195,14 @@ class Export:
         torch.manual_seed(recipe.seed)
         # Nothing is known of how the question is put, so all that the probe reads of it stays, unless told otherwise.
         window = QUERIES if recipe.window is None else recipe.window
-        probe = Probe.untrained(config.hidden_size, config.num_attention_heads, window=window)
-        return [PruneStage(Stage(layer, recipe.sink, window), probe.arrays()) for layer in recipe.layers]
+        arrays = Probe.untrained(config.hidden_size, config.num_attention_heads, window=window).arrays()
+        return [PruneStage(Stage(layer, recipe.sink, window), arrays) for layer in recipe.layers]
 
     def _verify(
         self, model: Source, folder: Path, stages: Sequence[PruneStage], held: Sequence[Item], tokens: Any
     ) -> verify.Verification:
         config = model.config
-        probes = [Probe.from_arrays(s.probe, s.queries, s.stage.window) for s in stages]
+        probes = [None if s.probe is None else Probe.from_arrays(s.probe, s.queries, s.stage.window) for s in stages]
         with reference(model) as frozen:
             return verify.verify(
                 folder,

@@ -167,7 +167,7 @@ class _Checked:
     def __init__(
         self,
         stages: Sequence[Stage],
-        probes: Sequence[Probe],
+        probes: Sequence[Probe | None],
         keep: Int64,
         kept: Mapping[int, Int64],
         text: Text,
@@ -192,7 +192,7 @@ class _Checked:
             raise VerificationError(f"{self.name}: the probe gives scores that are no numbers {where}. Nothing written")
         count = int(self.keep[row, number])
         if count < 0:  # a share of the mass; where a token more or less is within rounding, theirs is as good
-            span = self.probes[number].span.shape[2]
+            span = next(probe.span.shape[2] for probe in self.probes[number::-1] if probe is not None)
             shares = (-count / MILLION + delta for delta in (0, -1e-4, 1e-4))
             counts = [mass_count(scores, share, stage.sink, stage.window, span) for share in shares]
             count = len(theirs) if len(theirs) in counts else counts[0]
@@ -217,7 +217,7 @@ def check_pruned(
     decoder: Decoder,
     text: Text,
     stages: Sequence[Stage],
-    probes: Sequence[Probe],
+    probes: Sequence[Probe | None],
     keeps: Sequence[float],
     tolerance: float,
     name: str,
@@ -255,7 +255,7 @@ def verify(
     graph: str,
     decoder: Decoder,
     stages: Sequence[Stage],
-    probes: Sequence[Probe],
+    probes: Sequence[Probe | None],
     vocab_size: int,
     max_positions: int,
     dtype: str,
@@ -263,7 +263,10 @@ def verify(
     name: str,
     prompts: Sequence[Sequence[int]] = (),
 ) -> Verification:
-    """All checks. prompts: real ones to use beside random ids; long ones are cut to 256 tokens."""
+    """All checks. probes: None for a stage that goes on with the scores of the stage before.
+
+    prompts: real ones to use beside random ids; long ones are cut to 256 tokens.
+    """
     rng = np.random.default_rng(seed)
     config: Any = decoder.model.config
     windows = [w + 8 for w in layer_windows(config.get_text_config(decoder=True)) if w is not None]

@@ -32,9 +32,9 @@ HEAD_TOKENS = 512  # logits in memory at once; vocabularies are large
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One item as seen by the dense model, or by a pruned one: S counts the prompt tokens that earlier stages left.
+    """One item as seen by the dense model, or behind earlier pruning stages.
 
-    A counts answer tokens.
+    S counts the prompt tokens that are still there, A answer tokens.
 
     gate: (L, S) for prune layers 0..L-1; row 0 gates all layers. embedding: (S,). inputs: prune layer -> features.
     window: prune layer -> (H, Q, S) attention of the last Q queries in the layer before, half precision.
@@ -206,13 +206,15 @@ def _observe(
             before={0: _keep_gradient},
         ) as seen,
     ):
-        seen.bias.update({i: key_bias(g, batch.ids.shape[1]) + hidden.get(i, 0) for i, g in enumerate(gates)})
+        for i, gate in enumerate(gates):
+            bias = key_bias(gate, batch.ids.shape[1])
+            seen.bias[i] = bias + hidden[i] if i in hidden else bias
         logits = run(decoder, batch)
         picked = logits.gather(2, batch.labels[..., None])[..., 0]
         margin = ((picked - logits.mean(-1)) * batch.answer_mask).sum()
         gradients = torch.autograd.grad(margin, [*gates, seen.hidden[0]])
     per_layer = torch.stack(gradients[:-1])
-    gate = per_layer.flip(0).cumsum(0).flip(0) ** 2
+    score = per_layer.flip(0).cumsum(0).flip(0) ** 2
     embedding = (gradients[-1][:, :prompt] ** 2).sum(-1)
     with torch.no_grad():
         likely = logits.detach().softmax(-1).topk(min(ANSWER_TOP, logits.shape[-1]))
@@ -225,7 +227,7 @@ def _observe(
         v, shown = present.columns[row, there], min(queries, int(there.sum()))
         out.append(
             Observation(
-                gate=gate[:, row, v],
+                gate=score[:, row, v],
                 embedding=embedding[row, v],
                 inputs={p: inputs[p].row(row) for p in layers},
                 window={p: windows[p][row, :, -shown:, there].half() for p in layers},

@@ -20,8 +20,8 @@ from fstq_infer.fisher.items import Batch, Cut, Item, batches
 from fstq_infer.fisher.probe import Probe
 
 Int64 = NDArray[np.int64]
-# (stage, row, tokens still there, their scores) -> those that stay. Tokens are ascending indices into the row's prompt;
-# at a stage without a probe there are no scores.
+# (stage, row, tokens still there, their scores) -> those that stay. Tokens are ascending indices into the row's prompt.
+# At a stage without a probe the scores are those of the stage before; where no stage had a probe yet, there are none.
 Choose = Callable[[int, int, Int64, NDArray[np.float32]], Int64]
 
 
@@ -34,18 +34,21 @@ def pruning(
     The first entry holds all tokens, entry n what stays after stage n, once the pass is over.
     """
     kept: list[list[Int64]] = [[np.arange(n) for n in batch.lengths]]
+    scores = [np.zeros(0, np.float32)] * len(kept[0])
     scored = [layer for layer, probe in zip(layers, probes, strict=True) if probe is not None]
 
     def stage(number: int) -> Callable[[Seen], None]:
         def apply(seen: Seen) -> None:
             layer, probe, there = layers[number], probes[number], kept[number]
-            scores = [np.zeros(0, np.float32)] * len(there)
             if probe is not None:
                 present = Present.of(batch, there)
                 found = probe(features(seen, layer, batch, present, probe.queries)).float().numpy()
-                scores = [row[valid] for row, valid in zip(found, present.valid.numpy(), strict=True)]
-            chosen = zip(there, scores, strict=True)
-            kept.append([choose(number, row, tokens, own) for row, (tokens, own) in enumerate(chosen)])
+                scores[:] = [row[valid] for row, valid in zip(found, present.valid.numpy(), strict=True)]
+            stay = [choose(number, row, *known) for row, known in enumerate(zip(there, scores, strict=True))]
+            kept.append(stay)
+            if len(scores[0]):
+                parts = zip(scores, there, stay, strict=True)
+                scores[:] = [own[np.isin(tokens, left)] for own, tokens, left in parts]
             seen.bias.update(dict.fromkeys(range(layer, len(decoder.layers)), drop_bias(kept[-1], batch)))
 
         return apply

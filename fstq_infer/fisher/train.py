@@ -106,7 +106,7 @@ class SoftGates:
         bias, self.excess = soft_bias(scores, present.valid, self.keeps, self.sink, self.probe.window, self.temperature)
         spread = torch.zeros(len(bias), self.batch.prompt).scatter_add(1, present.columns, bias)  # padding adds 0
         full = key_bias(spread, self.batch.ids.shape[1])
-        seen.bias.update({layer: full + self.hidden.get(layer, 0) for layer in self.layers})
+        seen.bias.update({n: full + self.hidden[n] if n in self.hidden else full for n in self.layers})
 
 
 def gated_loss(decoder: Decoder, gates: SoftGates, observations: Sequence[Observation]) -> torch.Tensor:
