@@ -241,17 +241,16 @@ def equal_compute(keep: float, layers: tuple[int, int], total: int) -> tuple[flo
     return larger, (keep * (total - first) - larger * (second - first)) / (total - second)
 
 
-def stages(task: Task, seed: int, folder: Path) -> Values:
+def stages(task: Task, layers: tuple[int, int], seed: int, folder: Path) -> Values:
     """Two stages against one at equal compute; a bundle with two stages whose second drops nothing has one."""
-    assert task.stages is not None
-    recipe = Recipe(prune_layer=task.stages, keep=0.25, max_quality_drop=0.02, seed=seed)
+    recipe = Recipe(prune_layer=layers, keep=0.25, max_quality_drop=0.02, seed=seed)
     with bars() as progress:
         done = export(Request(str(task.model), folder / "stages", recipe, task.calibration, overwrite=True), progress)
     generator, values = Generator.load(done.path), {}
     for length, test in task.tests.items():
         for keep in KEEPS:
             values[length, ONE, keep] = engine_hits(generator, test, (keep, keep))[0]
-            both = equal_compute(keep, task.stages, done.report["model"]["layers"])
+            both = equal_compute(keep, layers, done.report["model"]["layers"])
             values[length, TWO, keep] = engine_hits(generator, test, both)[0]
     return values
 
@@ -282,7 +281,7 @@ def measure(task: Task, seed: int, folder: Path) -> dict[str, Values]:
             values[length, "fixed at that keep", 0.0] = engine_hits(generator, test, kept)[0]
         values |= {(length, *key): v for key, v in baselines(task, test, recipe, task.metric).items()}
     if task.stages is not None:
-        out[task.name] |= stages(task, seed, folder)
+        out[task.name] |= stages(task, task.stages, seed, folder)
     for length, test in (task.again or {}).items():
         values = out.setdefault(SECOND, {})
         for keep in (1.0, *KEEPS):

@@ -285,7 +285,7 @@ class Calibrator:
             "items": len(self.training),
             "held_out": len(self.held),
             "score": score,
-            "probe": trial.name,
+            "probes": [stage.name for stage in stages],
             "metric": metric,
             "prompt_tokens": {"median": lengths[len(lengths) // 2], "max": lengths[-1]},
             "dense": {"exact": float(dense.exact.mean()), "nll": float(dense.nll.mean())},

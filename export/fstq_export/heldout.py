@@ -45,6 +45,8 @@ class Trial:
     @property
     def name(self) -> str:
         """Tells it from others in what is remembered of measurements."""
+        if self.kind == "carried":
+            return f"scores carried on from layer {self.before[-1].layer}"
         return f"{self.kind} from {self.score}, span {self.span}"
 
     @property

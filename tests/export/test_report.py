@@ -63,7 +63,7 @@ def full() -> Report:
             "left_out": 12,
             "prompt_tokens": {"median": 247, "max": 301},
             "score": "gate",
-            "probe": PROBE,
+            "probes": [PROBE],
             "metric": "exact match",
             "dense": {"exact": DENSE, "nll": 0.08},
             "max_quality_drop": 0.01,
@@ -385,7 +385,9 @@ def test_several_stages_are_told_apart() -> None:
     report["graph"]["stages"].append({"layer": 3, "sink": 1, "window": 16})
     setting = {"layers": [2, 3], "keeps": [0.7, 0.5], **point(0.5, 0.9163)}
     report["calibration"]["chosen"] |= setting
-    report["calibration"]["candidates"].append({**setting, "probe": PROBE, "relative_cost": 0.74})
+    carried = "scores carried on from layer 2"
+    report["calibration"]["candidates"].append({**setting, "probe": carried, "relative_cost": 0.74})
+    report["calibration"]["probes"].append(carried)
     page = Page(render(report))
     assert verdict(report).startswith("Keeping 70 % of the prompt from layer 2 on and 50 % from layer 3 on costs")
     text = plain(page.text)
@@ -393,7 +395,7 @@ def test_several_stages_are_told_apart() -> None:
     assert (
         "tokens kept are those after the last stage" in text and "5 of its 8 tokens stay after the last stage" in text
     )
-    assert "mean layer 2, where tokens first leave" in text
+    assert "mean layer 2, where tokens first leave" in text and f"{PROBE}; then {carried}" in text
 
 
 def test_verdict_without_calibration() -> None:
