@@ -152,6 +152,7 @@ def features(seen: Seen, layer: int, batch: Batch, present: Present, queries: in
         present.attention(seen.attention[layer - 1], queries),
         present.take(batch.ids),
         present.valid,
+        present.valid & (present.columns >= batch.prompt - queries),
     )
 
 
