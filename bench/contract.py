@@ -11,24 +11,26 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import SHARED, target, write
 from fstq_export import data, source
-from fstq_export.calibrate import Calibrator, Recipe
+from fstq_export.calibrate import Calibrator
 from fstq_export.contract import Outcome, drop
 from fstq_export.demo.run import MODEL
+from fstq_export.recipe import Recipe
 from fstq_export.reference import reference
 from quality import RECALL, questions
 
-from fstq_infer.fisher.gates import observe
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
-from fstq_infer.fisher.probe import ProbeInput
 from fstq_infer.fisher.prune import pruned_outcome
-from fstq_infer.fisher.select import keep_count, mass_count, select
+from fstq_infer.fisher.select import mass_count, select
+from fstq_infer.runtime.engine import Stage
+from fstq_infer.runtime.options import keep_counts
 
 RECIPES, FRESH, ALLOWED, SHOWN = 20, 1000, 0.01, 0.015
 
@@ -52,29 +54,32 @@ def drawn(rng: random.Random, folder: Path) -> tuple[str, Path, list[data.Exampl
 
 def fresh_drops(decoder: Decoder, calibrator: Calibrator, result: Any, items: list[Item]) -> dict[str, float]:
     """What the calibrated probe loses on fresh items, for what it claims: at a keep ratio, and adaptively."""
-    scores: list[Any] = []
-    for start in range(0, len(items), 200):
-        seen = observe(decoder, items[start : start + 200], (result.layer,))
-        scores += [result.probe(ProbeInput.pad([o.inputs[result.layer]]))[0].detach().numpy() for o in seen]
     sink, window = calibrator.recipe.sink, calibrator.window
-    span = result.probe.span.shape[2]
+    stages = [Stage(layer, sink, window) for layer in result.layers]
+    spans: list[int] = []
+    for probe in result.probes:
+        spans.append(spans[-1] if probe is None else int(probe.span.shape[2]))
 
-    def outcome(layer: int, counts: list[int]) -> Outcome:
-        exact, nll = pruned_outcome(
-            decoder, items, layer, lambda rows: [select(scores[i], counts[i], sink, window) for i in rows]
-        )
-        return Outcome(exact.astype(np.float64), nll)
+    def outcome(count: Callable[[int, int, Any], int]) -> Outcome:
+        """count: (stage, tokens of the prompt, scores) -> how many stay."""
 
-    dense = outcome(result.layer, [len(s) for s in scores])
-    claimed = {}
-    if result.met and result.keep < 1:
-        claimed["fresh_drop"] = [keep_count(len(s), result.keep, sink, window) for s in scores]
+        def choose(stage: int, item: int, tokens: Any, scores: Any) -> Any:
+            return tokens[select(scores, count(stage, len(items[item].prompt), scores), sink, window)]
+
+        found = pruned_outcome(decoder, items, result.layers, choose, result.probes)
+        return Outcome(found.exact.astype(np.float64), found.nll)
+
+    def adaptive(stage: int, size: int, scores: Any) -> int:
+        auto = result.auto
+        return len(scores) if size <= auto.floor else mass_count(scores, auto.mass, sink, window, spans[stage])
+
+    claimed: dict[str, Callable[[int, int, Any], int]] = {}
+    if result.met and result.keeps[-1] < 1:
+        claimed["fresh_drop"] = lambda stage, size, _scores: keep_counts(size, result.keeps, stages)[stage]
     if result.auto is not None:
-        claimed["fresh_drop_adaptive"] = [
-            len(s) if len(s) <= result.auto.floor else mass_count(s, result.auto.mass, sink, window, span)
-            for s in scores
-        ]
-    return {name: drop(dense, outcome(result.layer, counts), dense.metric) for name, counts in claimed.items()}
+        claimed["fresh_drop_adaptive"] = adaptive
+    dense = outcome(lambda _stage, size, _scores: size)
+    return {name: drop(dense, outcome(count), dense.metric) for name, count in claimed.items()}
 
 
 def main() -> None:
@@ -92,7 +97,7 @@ def main() -> None:
             calibrator = Calibrator(decoder, [data.encode(tokens, e) for e in examples], recipe, lambda *_: None)
             result = calibrator.run()
             row: dict[str, Any] = {"model": name, "items": len(examples), "prune_layer": recipe.prune_layer}
-            row |= {"layer": result.layer, "keep": result.keep, "claimed_drop": result.drop, "seed": recipe.seed}
+            row |= {"layer": result.layers[0], "keep": result.keep, "claimed_drop": result.drop, "seed": recipe.seed}
             row["mass"] = None if result.auto is None else result.auto.mass
             row |= fresh_drops(decoder, calibrator, result, [data.encode(tokens, e) for e in fresh])
         rows.append(row)

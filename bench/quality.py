@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from common import RESULTS, SHARED, target, write
 from fstq_export import data, source
-from fstq_export.calibrate import WINDOW, Recipe
+from fstq_export.calibrate import WINDOW
 from fstq_export.command import bars
 from fstq_export.demo import facts
 from fstq_export.demo.run import MODEL, is_exact, room
 from fstq_export.demo.train import amounts
 from fstq_export.pipeline import Request, export
+from fstq_export.recipe import Recipe
 from fstq_export.reference import reference
 
 from fstq_infer import Generator
@@ -41,6 +42,8 @@ from fstq_infer.fisher.select import keep_count, select
 from fstq_infer.runtime.options import keep_counts, keep_ratios
 
 KEEPS = (0.5, 0.25, 0.125)
+ONE, TWO = "one stage", "two stages"  # rows of a bundle with two stages
+FIRST = 1.4  # two stages: the first keeps so many times what one stage keeps at equal compute
 DEMO, SECOND, RECALL, STORIES = "demo model", "demo model, second question", "stories260k-recall", "stories260k"
 WEAK = {"recency": 0.5, "snapkv": 0.15}  # what these answer of the recall questions at keep 50 %, at most
 PROMPT, CONTINUATION = 240, 60  # tokens of a story, and of what follows
@@ -60,6 +63,7 @@ class Task:
     """A model, calibration data, and tests by prompt length; measured as exact match or as nll (nats per token).
 
     wanted: least exact match over dense, by keep. again: asked about contexts that were pruned for another question.
+    stages: prune layers at which two stages are compared with one.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Task:
     wanted: dict[float, float]
     metric: str = "exact"
     again: dict[int, Test] | None = None
+    stages: tuple[int, int] | None = None
 
 
 def questions(path: Path, split: str, lengths: Sequence[int], count: int, seed: int) -> Path:
@@ -132,13 +137,14 @@ def tasks(folder: Path, seed: int, short: bool) -> list[Task]:
         {n: Test(data.read(questions(folder / f"demo-{n}.jsonl", "test", (n,), asked, 2000 + seed))) for n in lengths},
         {0.5: 0.995, 0.25: 0.99, 0.125: 0.96},
         again=None if short else {n: second_questions(n, asked, 3000 + seed) for n in lengths},
+        stages=None if short else (1, 2),
     )
     recall, items, told = SHARED / "models" / RECALL, SHARED / "data" / "recall", SHARED / "models" / STORIES
     if short or not (recall.exists() and told.exists()):
         return [demo]
     validation = Test(data.read(items / "val.jsonl"))
     return [
-        Task(RECALL, recall, 2, items / "calib.jsonl", {150: validation}, {0.5: 0.98, 0.25: 0.85}),
+        Task(RECALL, recall, 2, items / "calib.jsonl", {150: validation}, {0.5: 0.98, 0.25: 0.85}, stages=(1, 2)),
         Task(
             STORIES,
             told,
@@ -218,23 +224,42 @@ def baselines(task: Task, test: Test, recipe: Recipe, metric: str) -> dict[tuple
             scores = [SCORES[name](e) for e in evidence]
             for keep in KEEPS:
 
-                def choose(indices: Sequence[int], keep: float = keep, scores: Any = scores) -> list[Any]:
-                    chosen = []
-                    for i in indices:
-                        count = keep_count(len(scores[i]), keep, recipe.sink, WINDOW)
-                        rest = np.arange(len(scores[i]), len(whole[i].prompt))
-                        chosen.append(np.append(select(scores[i], count, recipe.sink, WINDOW), rest))
-                    return chosen
+                def choose(
+                    _stage: int, i: int, tokens: Any, _own: Any, keep: float = keep, scores: Any = scores
+                ) -> Any:
+                    count = keep_count(len(scores[i]), keep, recipe.sink, WINDOW)
+                    return np.append(select(scores[i], count, recipe.sink, WINDOW), tokens[len(scores[i]) :])
 
-                exact, nll = pruned_outcome(decoder, whole, task.layer, choose)
-                out[name, keep] = (exact if metric == "exact" else nll).astype(float).tolist()
+                pruned = pruned_outcome(decoder, whole, (task.layer,), choose)
+                out[name, keep] = (pruned.exact if metric == "exact" else pruned.nll).astype(float).tolist()
     return out
+
+
+def equal_compute(keep: float, layers: tuple[int, int], total: int) -> tuple[float, float]:
+    """Keep ratios of two stages whose decoder layers see as many tokens as with ``keep`` from the first layer on."""
+    (first, second), larger = layers, min(1.0, FIRST * keep)
+    return larger, (keep * (total - first) - larger * (second - first)) / (total - second)
+
+
+def stages(task: Task, layers: tuple[int, int], seed: int, folder: Path) -> Values:
+    """Two stages against one at equal compute; a bundle with two stages whose second drops nothing has one."""
+    recipe = Recipe(prune_layer=layers, keep=0.25, max_quality_drop=0.02, seed=seed)
+    with bars() as progress:
+        done = export(Request(str(task.model), folder / "stages", recipe, task.calibration, overwrite=True), progress)
+    generator, values = Generator.load(done.path), {}
+    for length, test in task.tests.items():
+        for keep in KEEPS:
+            values[length, ONE, keep] = engine_hits(generator, test, (keep, keep))[0]
+            both = equal_compute(keep, layers, done.report["model"]["layers"])
+            values[length, TWO, keep] = engine_hits(generator, test, both)[0]
+    return values
 
 
 def measure(task: Task, seed: int, folder: Path) -> dict[str, Values]:
     """Name of the task, or of its second questions -> values; the scorer "dense" has keep 1.
 
-    "kept" holds the shares that adaptive keep came to; "fixed at that keep" keeps their mean of every prompt.
+    "kept" holds the shares that adaptive keep came to; "fixed at that keep" keeps their mean of every prompt. Rows of
+    one and two stages have the keep ratio of the one; see :func:`stages`.
     """
     recipe = Recipe(prune_layer=task.layer, keep=0.25, max_quality_drop=0.02, seed=seed)
     with bars() as progress:
@@ -255,6 +280,8 @@ def measure(task: Task, seed: int, folder: Path) -> dict[str, Values]:
             kept = float(np.mean(values[length, "kept", 0.0]))
             values[length, "fixed at that keep", 0.0] = engine_hits(generator, test, kept)[0]
         values |= {(length, *key): v for key, v in baselines(task, test, recipe, task.metric).items()}
+    if task.stages is not None:
+        out[task.name] |= stages(task, task.stages, seed, folder)
     for length, test in (task.again or {}).items():
         values = out.setdefault(SECOND, {})
         for keep in (1.0, *KEEPS):
@@ -298,8 +325,13 @@ def targets_of(name: str, metric: str, wanted: dict[float, float], rows: Sequenc
                 found[f"{place}: exact match over dense"] = target(share, wanted[keep])
             if keep <= 0.25:
                 loss = {r["scorer"]: abs(r["dense"] - r[metric]) * lost(metric, r) for r in others}
-                best = min(v for k, v in loss.items() if k != "probe")
+                best = min(v for k, v in loss.items() if k in BASELINES)
                 found[f"{place}: damage over the best baseline's"] = target(loss["probe"] / max(best, 1e-9), 0.6, False)
+        if row["scorer"] == TWO:
+            one = next(r for r in others if r["scorer"] == ONE)
+            found[f"{place}: two stages minus one at equal compute, exact match"] = target(
+                row[metric] - one[metric], 0.0
+            )
         if row["scorer"] == "adaptive":
             fixed = next(r for r in others if r["scorer"] == "fixed at that keep")
             found[f"{place}: adaptive minus fixed keep, exact match"] = target(row[metric] - fixed[metric], 0.0)

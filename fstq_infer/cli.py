@@ -33,32 +33,40 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all that this process may use.")]
 Keep = Annotated[
     str | None,
-    typer.Option(help="Share of prompt tokens that stay, or 'auto': as many as each needs; default: the bundle's."),
+    typer.Option(
+        help="Share of prompt tokens that stay (after the last stage, or after each: 0.5,0.25), or 'auto': as many as "
+        "each prompt needs; default: the bundle's."
+    ),
 ]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the bundle's.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampler.")]
 
 
-def _auto_float(name: str, text: str) -> float | None:
+def _ratios(text: str) -> list[float] | None:
     if text == "auto":
         return None
     try:
-        return float(text)
+        return [float(part) for part in text.split(",")]
     except ValueError:
-        raise OptionError(f"--{name} is '{text}'; expected 'auto' or a number") from None
+        raise OptionError(f"--keep is '{text}'; expected 'auto' or numbers, such as 0.5,0.25") from None
 
 
-def _keep(text: str | None) -> float | str | None:
-    """A keep ratio, 'auto' or None as it was given."""
-    return text if text in (None, "auto") else _auto_float("keep", text)
+def _keep(text: str | None) -> float | list[float] | str | None:
+    """A keep ratio, one for each stage, 'auto' or None as it was given."""
+    ratios = None if text is None else _ratios(text)
+    return text if ratios is None else ratios if len(ratios) > 1 else ratios[0]
 
 
-def _auto_int(name: str, text: str) -> int | None:
-    value = _auto_float(name, text)
-    if value is not None and not value.is_integer():
-        raise OptionError(f"--{name} is '{text}'; expected 'auto' or a whole number")
-    return None if value is None else int(value)
+def _layers(text: str) -> list[int] | None:
+    if text == "auto":
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(
+            f"--prune-layer is '{text}'; expected 'auto', or a whole number for each stage, such as 2,4"
+        ) from None
 
 
 def _version(wanted: bool) -> None:
@@ -88,10 +96,14 @@ def export(
         typer.Option(help=CALIB_HELP),
     ] = None,
     prune_layer: Annotated[
-        str, typer.Option(help="Prune before this decoder layer, or 'auto' (needs --calib).")
+        str, typer.Option(help="Prune before this decoder layer, or before several (2,4), or 'auto' (needs --calib).")
     ] = "auto",
     keep: Annotated[
-        str, typer.Option(help="Default keep ratio, or 'auto': the smallest that meets --max-quality-drop.")
+        str,
+        typer.Option(
+            help="Default keep ratio, or 'auto': the smallest that meets --max-quality-drop. With several prune layers "
+            "the last one's, or the share of the prompt that is left after each (0.5,0.25)."
+        ),
     ] = "auto",
     max_quality_drop: Annotated[
         float, typer.Option(help="Quality that may be lost, as a fraction of the dense model's.")
@@ -124,8 +136,8 @@ def export(
         model=model,
         out=out,
         calib=calib,
-        prune_layer=_auto_int("prune-layer", prune_layer),
-        keep=_auto_float("keep", keep),
+        prune_layer=_layers(prune_layer),
+        keep=_ratios(keep),
         max_quality_drop=max_quality_drop,
         max_prompt=max_prompt,
         calib_items=calib_items,
@@ -226,12 +238,11 @@ def bench(
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
     """Measure dense against pruned, interleaved; medians."""
-    ratios = [_auto_float("keep", part) for part in keep.split(",")]
     load("fstq_infer.commands:bench", "fstq bench", "ort")(
         bundle,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        keeps=ratios,
+        keeps=_ratios(keep),
         repeats=repeats,
         threads=threads,
         json_file=json,

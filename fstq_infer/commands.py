@@ -122,20 +122,19 @@ def bench(
     *,
     prompt_tokens: int,
     new_tokens: int,
-    keeps: Sequence[float | None],
+    keeps: Sequence[float] | None,
     repeats: int,
     threads: int | None,
     json_file: Path | None,
 ) -> None:
     """``fstq bench``."""
-    ratios = [keep for keep in keeps if keep is not None]
-    if len(ratios) != len(keeps):
+    if keeps is None:
         raise OptionError("--keep takes numbers here, such as 1.0,0.5,0.25")
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise OptionError(f"--json {json_file} cannot be written: it is a folder, or its folder does not exist")
     generator = Generator.load(path, threads=threads)
     with notes.status("measuring"):
-        report = measure(generator, prompt_tokens, new_tokens, ratios, repeats)
+        report = measure(generator, prompt_tokens, new_tokens, keeps, repeats)
     out.print(bench_table(report))
     if json_file is not None:
         partial = json_file.with_name(f".{json_file.name}.partial")

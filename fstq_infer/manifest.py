@@ -63,10 +63,10 @@ class Contract:
 class Pruning:
     """Default keep ratio in (0, 1], the score that ranks tokens, and what was measured (None: nothing).
 
-    auto: what ``keep="auto"`` means, None where it is not offered.
+    keep: of the last stage, or one for each stage. auto: what ``keep="auto"`` means, None where it is not offered.
     """
 
-    keep: float
+    keep: float | tuple[float, ...]
     score: str
     calibrated: bool
     contract: Contract | None
@@ -148,10 +148,11 @@ class Manifest:
         for name in REQUIRED_FILES:
             entries.nested(name)
         model = _model(top.nested("model"))
+        stages = _stages(top.nested("graph"), model.layers)
         manifest = cls(
             model=model,
-            stages=_stages(top.nested("graph"), model.layers),
-            pruning=_pruning(top.nested("pruning")),
+            stages=stages,
+            pruning=_pruning(top.nested("pruning"), len(stages)),
             generation=_generation(top.nested("generation"), model.vocab_size),
             provenance=_provenance(top.nested("provenance")),
             files=files,
@@ -193,7 +194,22 @@ def _stages(data: JsonObject, layers: int) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def _pruning(data: JsonObject) -> Pruning:
+def _keep(data: JsonObject, stages: int) -> float | tuple[float, ...]:
+    """A keep ratio, or a list of one for each stage."""
+    if not isinstance(data.get("keep", "a keep ratio"), list):
+        return data.number("keep", above=0, high=1)
+    given = data.array("keep")
+    ratios: list[float] = []
+    for ratio in given:
+        if isinstance(ratio, int | float) and not isinstance(ratio, bool) and 0 < ratio <= (ratios or [1.0])[-1]:
+            ratios.append(float(ratio))
+    if not len(ratios) == len(given) == stages > 1:
+        expected = "a number above 0 and at most 1, or a list of such numbers that do not rise, one for each stage of"
+        raise data.bad("keep", f"{expected} several ({stages} here)")
+    return tuple(ratios)
+
+
+def _pruning(data: JsonObject, stages: int) -> Pruning:
     contract = None
     if data.get("contract", "an object or null") is not None:
         measured = data.nested("contract")
@@ -207,8 +223,7 @@ def _pruning(data: JsonObject) -> Pruning:
     if data.get("auto", "an object or null") is not None:
         adaptive = data.nested("auto")
         auto = Auto(adaptive.number("mass", low=1e-6, high=0.999999), adaptive.integer("floor", 0, INT32))
-    keep, score = data.number("keep", above=0, high=1), data.text("score")
-    return Pruning(keep, score, data.boolean("calibrated"), contract, auto)
+    return Pruning(_keep(data, stages), data.text("score"), data.boolean("calibrated"), contract, auto)
 
 
 def _generation(data: JsonObject, vocab_size: int) -> GenerationDefaults:

@@ -88,6 +88,9 @@ def test_bench_writes_json(bundle: Path, cache: Path, tmp_path: Path) -> None:
         (("export", "nowhere", "--out", "{t}/x"), "nowhere"),
         (("export", "nowhere", "--out", "{b}"), "--force"),
         (("export", "nowhere", "--out", "{t}/x", "--keep", "half"), "keep"),
+        (("export", "nowhere", "--out", "{t}/x", "--prune-layer", "2.5"), "--prune-layer is '2.5'"),
+        (("export", "nowhere", "--out", "{t}/x", "--prune-layer", "2,4", "--keep", "0.25,0.5"), "do not rise"),
+        (("run", "{b}", "hi", "--keep", "0.5,0.25"), "2 ratios"),
         (("demo", "--model", "x", "--out", "{t}/d"), "--calib"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,25 @@ def test_out_of_range(at: str, values: list[Any]) -> None:
         with pytest.raises(errors.ManifestError, match="expected") as caught:
             Manifest.from_json(put(tuple(int(key) if key == "0" else key for key in at.split()), value))
         assert str(caught.value).isprintable()
+
+
+def test_one_keep_ratio_for_each_of_several_stages() -> None:
+    stages = [{"layer": layer, "sink": 1, "window": 4} for layer in (1, 2)]
+
+    def read(keep: Any, stages: list[Any] = stages) -> Manifest:
+        data = json.loads(put(("graph", "stages"), stages))
+        return Manifest.from_json(json.dumps(data | {"pruning": data["pruning"] | {"keep": keep}}))
+
+    for keep in ((0.5, 0.25), (1.0, 1.0)):
+        manifest = read(list(keep))
+        assert manifest.pruning.keep == keep
+        assert Manifest.from_json(manifest.to_json()) == manifest
+    assert read(0.25).pruning.keep == 0.25
+    for bad in ([], [0.5], [0.5] * 3, [0.25, 0.5], [0.5, 0], [1.5, 0.5], [0.5, "0.25"], [True, 0.5], [0.5, [0.25]]):
+        with pytest.raises(errors.ManifestError, match=r"'keep' in 'pruning' is .*expected a number"):
+            read(bad)
+    with pytest.raises(errors.ManifestError, match="expected a number"):
+        read([0.5], stages[:1])
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000, "1" * 100_000])

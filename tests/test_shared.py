@@ -11,8 +11,8 @@ pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
 pytest.importorskip("onnxruntime", reason="engines need the 'ort' extra")
 
 from fstq_export import data
-from fstq_export.calibrate import Recipe
 from fstq_export.pipeline import Request, export
+from fstq_export.recipe import Recipe
 
 from fstq_infer import Generator
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from fstq_export.calibrate import Recipe
 from fstq_export.pipeline import Done, Request
 from fstq_export.pipeline import export as run_export
+from fstq_export.recipe import Recipe
 from fstq_export.report import verdict
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
@@ -45,8 +45,8 @@ def export(
     model: str,
     out: Path,
     calib: Path | None,
-    prune_layer: int | None,
-    keep: float | None,
+    prune_layer: list[int] | None,
+    keep: list[float] | None,
     max_quality_drop: float,
     max_prompt: int | None,
     calib_items: int | None,

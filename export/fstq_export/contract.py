@@ -95,9 +95,10 @@ def candidate_layers(layers: int) -> list[int]:
     return sorted({max(1, layers // part) for part in (4, 3, 2)})
 
 
-def relative_cost(layer: int, layers: int, keep: float) -> float:
-    """Prefill work relative to dense: all tokens below the prune layer, ``keep`` of them above."""
-    return layer / layers + keep * (1 - layer / layers)
+def relative_cost(layers: Sequence[int], total: int, keeps: Sequence[float]) -> float:
+    """Prefill work relative to dense: all tokens below the first prune layer, ``keeps[n]`` from ``layers[n]`` on."""
+    borders = zip(layers, (*layers[1:], total), keeps, strict=True)
+    return (layers[0] + sum(keep * (end - start) for start, end, keep in borders)) / total
 
 
 def split(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:

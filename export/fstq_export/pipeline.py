@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from fstq_export import data, decoder, report, source, timing, verify
-from fstq_export.calibrate import Calibration, Calibrator, Recipe
+from fstq_export.calibrate import SHOWN, Calibration, Calibrator
 from fstq_export.continuation import with_continuations
 from fstq_export.passes.pruning import PruneStage
+from fstq_export.recipe import Recipe
 from fstq_export.reference import parameter_count, reference
 from fstq_export.source import Source
 from fstq_infer.bundle import BundleWriter, Contract, GenerationDefaults, Manifest, ModelInfo, Provenance, Pruning
 from fstq_infer.errors import ExportError, OptionError
 from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.probe import QUERIES, Probe
-from fstq_infer.fisher.select import keep_count, select
 from fstq_infer.machine import peak_rss
 from fstq_infer.runtime.chat import ChatTemplate
 from fstq_infer.runtime.engine import Stage
@@ -132,7 +132,7 @@ class Export:
                     decoder.GRAPH,
                     self.parameters,
                     [s.stage for s in stages],
-                    calibration.keep if calibration is not None else request.recipe.keep or 1.0,
+                    calibration.keep if calibration is not None else request.recipe.wanted or 1.0,
                     [item.prompt for item in held],
                     model.config.vocab_size,
                     model.config.max_position_embeddings,
@@ -179,32 +179,30 @@ class Export:
             useful = calibration.met or calibration.auto is not None
             if not useful and recipe.prune_layer is None and recipe.keep is None:
                 return []
-            probe = calibration.probe
-            return [PruneStage(Stage(calibration.layer, recipe.sink, probe.window), probe.arrays(), probe.queries)]
-        if recipe.prune_layer is None:
-            if recipe.keep is not None and recipe.keep < 1:
+            return [
+                PruneStage(Stage(layer, recipe.sink, calibration.window), None if probe is None else probe.arrays())
+                for layer, probe in zip(calibration.layers, calibration.probes, strict=True)
+            ]
+        if not recipe.layers:
+            if recipe.wanted is not None and recipe.wanted != 1:
                 raise OptionError(
                     "keep is set, but there is neither calibration data nor a prune layer; "
                     "add --calib FILE or --prune-layer N"
                 )
             return []
-        if not 0 < recipe.prune_layer < model.layers:
-            raise OptionError(
-                f"prune-layer is {recipe.prune_layer}; this model has {model.layers} decoder layers, "
-                f"expected 1 to {model.layers - 1}"
-            )
+        recipe.check_layers(model.layers)
         config = model.config
         torch.manual_seed(recipe.seed)
         # Nothing is known of how the question is put, so all that the probe reads of it stays, unless told otherwise.
         window = QUERIES if recipe.window is None else recipe.window
-        probe = Probe.untrained(config.hidden_size, config.num_attention_heads, window=window)
-        return [PruneStage(Stage(recipe.prune_layer, recipe.sink, window), probe.arrays())]
+        arrays = Probe.untrained(config.hidden_size, config.num_attention_heads, window=window).arrays()
+        return [PruneStage(Stage(layer, recipe.sink, window), arrays) for layer in recipe.layers]
 
     def _verify(
         self, model: Source, folder: Path, stages: Sequence[PruneStage], held: Sequence[Item], tokens: Any
     ) -> verify.Verification:
         config = model.config
-        probes = [Probe.from_arrays(s.probe, s.queries, s.stage.window) for s in stages]
+        probes = [None if s.probe is None else Probe.from_arrays(s.probe, s.queries, s.stage.window) for s in stages]
         with reference(model) as frozen:
             return verify.verify(
                 folder,
@@ -272,14 +270,12 @@ class Export:
 
     def _example(self, tokens: Any, calibration: Calibration) -> dict[str, Any]:
         """A held-out prompt with scores and what stays at 25 %, for the heat map."""
-        item, scores = calibration.example
-        keep, sink, window = 0.25, self.request.recipe.sink, calibration.probe.window
-        kept = set(select(scores, keep_count(len(scores), keep, sink, window), sink, window).tolist())
+        item, scores, kept = calibration.example
         return {
             "tokens": _pieces(tokens, item.prompt),
             "scores": [float(s) for s in scores],
             "kept": [i in kept for i in range(len(scores))],
-            "keep": keep,
+            "keep": SHOWN,
             "question_start": None,
             "answer": tokens.decode(list(item.answer)),
         }
@@ -292,7 +288,7 @@ class Export:
         generation: GenerationDefaults,
     ) -> Manifest:
         config, recipe = model.config, self.request.recipe
-        contract, keep = None, recipe.keep or 1.0
+        contract, keep = None, recipe.wanted or 1.0
         if calibration is not None:
             contract = Contract(calibration.met, calibration.metric, recipe.max_quality_drop, calibration.drop)
             keep = calibration.keep

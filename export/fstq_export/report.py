@@ -90,7 +90,9 @@ def verdict(report: dict[str, Any]) -> str:
         return f"costs {percent(drop)} of {name}" if drop > 0 else f"costs no {name}"
 
     def setting(one: dict[str, Any]) -> str:
-        return f"{percent(one['keep'])} of the prompt from layer {one['layer']} on"
+        first, *later = zip(one["layers"], map(percent, one["keeps"]), strict=True)
+        ends = [f" and {keep} from layer {layer} on" for layer, keep in later]
+        return f"{first[1]} of the prompt from layer {first[0]} on{''.join(ends)}"
 
     items = f"on {calibration['held_out']:,} held-out items"
     dense = "by default this bundle keeps every token." if stages else "this bundle is dense."

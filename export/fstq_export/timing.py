@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fstq_export import segments
 from fstq_infer.machine import description
 from fstq_infer.runtime.engine import Stage
-from fstq_infer.runtime.options import keep_counts, keep_ratios
+from fstq_infer.runtime.options import Keep, keep_counts, keep_ratios
 from fstq_infer.runtime.ort import brief, import_onnxruntime, session_options
 from fstq_infer.runtime.ort_caches import EMPTY
 
@@ -35,7 +35,7 @@ def measure(
     graph: str,
     parameters: int,
     stages: Sequence[Stage],
-    keep: float,
+    keep: Keep,
     prompts: Sequence[Sequence[int]],
     vocab_size: int,
     max_positions: int,
@@ -54,22 +54,23 @@ def measure(
         ids = np.array(sorted(prompts, key=len)[len(prompts) // 2], np.int64)
     else:
         ids = np.random.default_rng(0).integers(0, vocab_size, min(RANDOM_TOKENS, max_positions))
-    keeps = [1.0, keep] if stages and keep < 1 else [1.0]
-    counts = [keep_counts(len(ids), keep_ratios(ratio, stages), stages) for ratio in keeps]
+    dense, pruned = (keep_ratios(ratio, stages) if stages else () for ratio in (1.0, keep))
+    runs = [dense, pruned] if pruned and pruned[-1] < 1 else [dense]
+    counts = [keep_counts(len(ids), ratios, stages) for ratios in runs]
     try:
         events = _profile(folder / graph, ids, counts)
     except Exception as error:  # ONNX Runtime's have no common base, memory may run out; the bundle is good without
         return {"skipped": f"ONNX Runtime could not run the graph as a whole: {brief(error)}"}
-    found = _by_part(events, _parts(folder / graph, stages), len(keeps))
+    found = _by_part(events, _parts(folder / graph, stages), len(runs))
     probing = found[0].pop(SELECTION, None)
     return {
         "tokens": len(ids),
         "random": not prompts,
-        "keep": keeps[-1],
+        "keep": runs[-1][-1] if stages else 1.0,
         "kept": counts[-1][-1] if stages else len(ids),
         "dense_ms": found[0],
         "dense_probe_ms": probing,
-        "pruned_ms": found[1] if len(keeps) > 1 else None,
+        "pruned_ms": found[1] if len(runs) > 1 else None,
         "machine": description(),
     }
 

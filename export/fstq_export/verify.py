@@ -6,7 +6,7 @@ compared layer by layer so that a mismatch is named by the layer where it starts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from fstq_export import segments
 from fstq_export.masks import check_masks
 from fstq_export.source import layer_windows
 from fstq_infer.errors import VerificationError
-from fstq_infer.fisher.hooks import Decoder, Seen, watch
-from fstq_infer.fisher.probe import Probe, ProbeInput
-from fstq_infer.fisher.prune import NEVER
+from fstq_infer.fisher.hooks import Decoder, watch
+from fstq_infer.fisher.items import Batch
+from fstq_infer.fisher.probe import Probe
+from fstq_infer.fisher.prune import pruning
 from fstq_infer.fisher.select import mass_count, select
 from fstq_infer.runtime.engine import Stage
 from fstq_infer.runtime.options import MILLION, keep_counts, keep_ratios
@@ -96,13 +97,20 @@ class Text:
             out.append(call)
         return out
 
+    @property
+    def batch(self) -> Batch:
+        """The same for torch, the tokens that follow as answers."""
+        positions = torch.from_numpy(self.positions)
+        valid = positions >= 0
+        return Batch(torch.from_numpy(self.ids), positions.clamp(min=0), valid, self.prompt, valid[:, self.prompt :])
+
     def forward(self, decoder: Decoder) -> NDArray[np.float32]:
         """(B, steps + 1, vocab) logits that follow the prompt and each later token."""
-        positions = self.positions
+        batch = self.batch
         output = decoder.model(
-            input_ids=torch.from_numpy(self.ids),
-            attention_mask=torch.from_numpy((positions >= 0).astype(np.int64)),
-            position_ids=torch.from_numpy(np.maximum(positions, 0)),
+            input_ids=batch.ids,
+            attention_mask=batch.valid.long(),
+            position_ids=batch.positions,
             use_cache=False,
             logits_to_keep=self.ids.shape[1] - self.prompt + 1,
         )
@@ -153,83 +161,51 @@ def check_dense(
     return logits, tuple(by_layer.get(layer, logits) for layer in range(layers))
 
 
-class _Pruned:
-    """The torch reference of a pruned run: masks as keys what the graph dropped, after checking that it may drop it."""
+class _Checked:
+    """Chooses what the graph kept, after checking that the torch reference may keep it too."""
 
     def __init__(
         self,
-        text: Text,
         stages: Sequence[Stage],
-        probes: Sequence[Probe],
+        probes: Sequence[Probe | None],
         keep: Int64,
         kept: Mapping[int, Int64],
-        layers: int,
+        text: Text,
         tolerance: float,
         name: str,
     ) -> None:
-        self.text, self.stages, self.probes, self.keep, self.kept = text, stages, probes, keep, kept
-        self.layers, self.tolerance, self.name = layers, tolerance, name
-        self.current: list[Int64] = [np.arange(text.prompt - n, text.prompt) for n in text.lengths]
+        self.stages, self.probes, self.keep, self.kept = stages, probes, keep, kept
+        self.padding, self.tolerance, self.name = text.prompt - text.lengths, tolerance, name
         self.same: list[bool] = []
 
-    def forward(self, decoder: Decoder) -> NDArray[np.float32]:
-        """(B, steps + 1, vocab) logits; raises VerificationError where torch would have kept other tokens."""
-        borders = [s.layer for s in self.stages]
-        before = {layer: self._stage(number) for number, layer in enumerate(borders)}
-        looks = tuple(layer - 1 for layer in borders)
-        with torch.no_grad(), watch(decoder, hidden=(0, *borders), attention=looks, before=before):
-            return self.text.forward(decoder)
+    def __call__(self, number: int, row: int, tokens: Int64, scores: NDArray[np.float32]) -> Int64:
+        """Tokens that stay; raises VerificationError where torch would have kept other ones."""
+        columns = self.kept[number + 1][row]
+        theirs = np.asarray(columns[columns >= 0] - self.padding[row], np.int64)
+        self.same.append(self._same(number, row, tokens, scores, theirs))
+        return theirs
 
-    def _stage(self, number: int) -> Callable[[Seen], None]:
-        def apply(seen: Seen) -> None:
-            ids, layer = self.text.ids, self.stages[number].layer
-            bias = torch.zeros(ids.shape)
-            for row, columns in enumerate(self.current):
-                scores = self._scores(number, seen, row, columns)
-                theirs = self.kept[number + 1][row]
-                theirs = theirs[theirs >= 0]
-                self.same.append(self._same(number, row, columns, scores, theirs))
-                self.current[row] = theirs
-                bias[row, : self.text.prompt] = NEVER
-                bias[row, theirs] = 0
-            full = bias[:, None, None, :] * (1 - torch.eye(ids.shape[1]))
-            seen.bias.update(dict.fromkeys(range(layer, self.layers), full))
-
-        return apply
-
-    def _scores(self, number: int, seen: Seen, row: int, columns: Int64) -> NDArray[np.float32]:
-        """The probe's scores of one row's tokens; ``columns`` are those that are still there."""
-        stage, probe = self.stages[number], self.probes[number]
-        x = ProbeInput.of(
-            seen.hidden[stage.layer][row : row + 1, columns],
-            seen.hidden[0][row : row + 1, columns],
-            seen.attention[stage.layer - 1][row : row + 1, :, columns[-probe.queries :]][..., columns],
-            torch.from_numpy(self.text.ids[row : row + 1, columns]),
-            torch.ones(1, len(columns), dtype=torch.bool),
-        )
-        return np.asarray(probe(x)[0].numpy(), np.float32)
-
-    def _same(self, number: int, row: int, columns: Int64, scores: NDArray[np.float32], theirs: Int64) -> bool:
+    def _same(self, number: int, row: int, tokens: Int64, scores: NDArray[np.float32], theirs: Int64) -> bool:
         """Whether both kept the same; other choices are forgiven only between scores level within the tolerance."""
         stage, where = self.stages[number], f"at prune layer {self.stages[number].layer}"
         if not np.isfinite(scores).all():
             raise VerificationError(f"{self.name}: the probe gives scores that are no numbers {where}. Nothing written")
         count = int(self.keep[row, number])
         if count < 0:  # a share of the mass; where a token more or less is within rounding, theirs is as good
-            span = self.probes[number].span.shape[2]
+            span = next(probe.span.shape[2] for probe in self.probes[number::-1] if probe is not None)
             shares = (-count / MILLION + delta for delta in (0, -1e-4, 1e-4))
             counts = [mass_count(scores, share, stage.sink, stage.window, span) for share in shares]
             count = len(theirs) if len(theirs) in counts else counts[0]
-        mine = columns[select(scores, count, stage.sink, stage.window)]
+        mine = tokens[select(scores, count, stage.sink, stage.window)]
         odd = sorted(set(mine.tolist()) ^ set(theirs.tolist()))
         if not odd:
             return True
-        by_column = dict(zip(columns.tolist(), scores.tolist(), strict=True))
-        values = [by_column.get(i, float("inf")) for i in odd]
+        by_token = dict(zip(tokens.tolist(), scores.tolist(), strict=True))
+        values = [by_token.get(i, float("inf")) for i in odd]
         level = max(values) - min(values) <= self.tolerance * max(1.0, abs(values[0]))
         if len(mine) != len(theirs) or not level:
             raise VerificationError(
-                f"{self.name}: graph and torch reference keep different tokens {where}: columns {odd[:8]} with scores "
+                f"{self.name}: graph and torch reference keep different tokens {where}: {odd[:8]} with scores "
                 f"{[round(v, 4) for v in values[:8]]}. Nothing was written"
             )
         return False
@@ -241,7 +217,7 @@ def check_pruned(
     decoder: Decoder,
     text: Text,
     stages: Sequence[Stage],
-    probes: Sequence[Probe],
+    probes: Sequence[Probe | None],
     keeps: Sequence[float],
     tolerance: float,
     name: str,
@@ -262,15 +238,16 @@ def check_pruned(
             kept[number] = np.asarray(results[0][f"kept_indices.{number}"], np.int64)
         elif segment.label == segments.TAIL:
             found = np.concatenate([np.asarray(r["logits"], np.float32) for r in results], 1)
-    reference = _Pruned(text, stages, probes, keep, kept, len(decoder.layers), tolerance, name)
-    gap = difference(found, reference.forward(decoder))
+    checked = _Checked(stages, probes, keep, kept, text, tolerance, name)
+    with pruning(decoder, text.batch, [s.layer for s in stages], checked, probes):
+        gap = difference(found, text.forward(decoder))
     if gap > tolerance:
         raise VerificationError(
             f"{name}: with token pruning the exported graph's logits differ from the torch reference by {gap:.2g} (at "
             f"most {tolerance:.2g}), though the dense graph agrees: the difference starts at a prune layer "
             f"({', '.join(str(s.layer) for s in stages)}). Nothing was written"
         )
-    return gap, all(reference.same)
+    return gap, all(checked.same)
 
 
 def verify(
@@ -278,7 +255,7 @@ def verify(
     graph: str,
     decoder: Decoder,
     stages: Sequence[Stage],
-    probes: Sequence[Probe],
+    probes: Sequence[Probe | None],
     vocab_size: int,
     max_positions: int,
     dtype: str,
@@ -286,7 +263,10 @@ def verify(
     name: str,
     prompts: Sequence[Sequence[int]] = (),
 ) -> Verification:
-    """All checks. prompts: real ones to use beside random ids; long ones are cut to 256 tokens."""
+    """All checks. probes: None for a stage that goes on with the scores of the stage before.
+
+    prompts: real ones to use beside random ids; long ones are cut to 256 tokens.
+    """
     rng = np.random.default_rng(seed)
     config: Any = decoder.model.config
     windows = [w + 8 for w in layer_windows(config.get_text_config(decoder=True)) if w is not None]

@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from fstq_infer.fisher.hooks import Call, Decoder, Heads, Seen, heads, key_bias, watch
-from fstq_infer.fisher.items import Batch, Item, batches
+from fstq_infer.fisher.hooks import Call, Decoder, Heads, Seen, drop_bias, heads, key_bias, watch
+from fstq_infer.fisher.items import Batch, Cut, Item, batches
 from fstq_infer.fisher.probe import QUERIES, ProbeInput
 from fstq_infer.fisher.scores import Array, Evidence, expected_attention
 
@@ -30,7 +32,9 @@ HEAD_TOKENS = 512  # logits in memory at once; vocabularies are large
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One item as seen by the dense model. S counts prompt tokens, A answer tokens.
+    """One item as seen by the dense model, or behind earlier pruning stages.
+
+    S counts the prompt tokens that are still there, A answer tokens.
 
     gate: (L, S) for prune layers 0..L-1; row 0 gates all layers. embedding: (S,). inputs: prune layer -> features.
     window: prune layer -> (H, Q, S) attention of the last Q queries in the layer before, half precision.
@@ -93,15 +97,62 @@ def outcome(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Ten
     return hit, losses.sum(1) / mask.sum(1)
 
 
-def features(seen: Seen, layer: int, batch: Batch) -> ProbeInput:
+@dataclass(frozen=True, slots=True)
+class Present:
+    """The prompt tokens of a batch that are still there, padded on the left.
+
+    columns: (B, K) int64, where they are in the batch. valid: (B, K) bool.
+    """
+
+    columns: torch.Tensor
+    valid: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, kept: Sequence[NDArray[np.int64]] | None = None) -> Present:
+        """kept: per row, ascending indices into its own prompt; None: all."""
+        kept = [np.arange(n) for n in batch.lengths] if kept is None else kept
+        size = max(map(len, kept))
+        columns = torch.zeros(len(kept), size, dtype=torch.long)
+        valid = torch.zeros(len(kept), size, dtype=torch.bool)
+        for row, (indices, length) in enumerate(zip(kept, batch.lengths, strict=True)):
+            columns[row, size - len(indices) :] = torch.from_numpy(indices) + batch.prompt - length
+            valid[row, size - len(indices) :] = True
+        return cls(columns, valid)
+
+    def take(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, S, ...) -> (B, K, ...)."""
+        return states[torch.arange(len(states))[:, None], self.columns]
+
+    def attention(self, weights: torch.Tensor, queries: int) -> torch.Tensor:
+        """(B, H, S, S) -> (B, H, min(queries, K), K): of the last queries over the tokens."""
+        last = self.columns[:, -queries:]
+        rows = weights[torch.arange(len(weights))[:, None], :, last].transpose(1, 2)
+        return rows.gather(3, self.columns[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1))
+
+
+def after(cuts: Sequence[Cut], indices: Sequence[int], batch: Batch, layers: int) -> dict[int, torch.Tensor]:
+    """The biases by layer that hide what earlier stages dropped of a batch of items ``indices``."""
+    biases: dict[int, torch.Tensor] = {}
+    for cut in cuts:
+        bias = drop_bias([cut.kept[i] for i in indices], batch)
+        biases |= dict.fromkeys(range(cut.layer, layers), bias)
+    return biases
+
+
+def left(cuts: Sequence[Cut], indices: Sequence[int], batch: Batch) -> Present:
+    """The prompt tokens of a batch of items ``indices`` that the last of the earlier stages left."""
+    return Present.of(batch, [cuts[-1].kept[i] for i in indices] if cuts else None)
+
+
+def features(seen: Seen, layer: int, batch: Batch, present: Present, queries: int) -> ProbeInput:
     """What a probe before ``layer`` reads; needs hidden 0, hidden ``layer`` and attention ``layer - 1`` watched."""
-    prompt = batch.prompt
     return ProbeInput.of(
-        seen.hidden[layer][:, :prompt],
-        seen.hidden[0][:, :prompt],
-        seen.attention[layer - 1][..., :prompt],
-        batch.ids[:, :prompt],
-        batch.prompt_valid,
+        present.take(seen.hidden[layer]),
+        present.take(seen.hidden[0]),
+        present.attention(seen.attention[layer - 1], queries),
+        present.take(batch.ids),
+        present.valid,
+        present.valid & (present.columns >= batch.prompt - queries),
     )
 
 
@@ -112,15 +163,18 @@ def observe(
     queries: int = QUERIES,
     progress: Callable[[int], None] | None = None,
     published: bool = False,
+    cuts: Sequence[Cut] = (),
 ) -> list[Observation]:
     """Observe all items; ``layers`` are the candidate prune layers (1 or more), whose features are recorded.
 
     progress is called with the number of items done after each batch. published: record what published scorers need.
+    cuts: of earlier stages, before all candidates; what they drop is no part of what is observed from there on.
     """
     found: list[Observation | None] = [None] * len(items)
     done = 0
     for indices, batch in batches(items):
-        observed = _observe(decoder, batch, tuple(layers), queries, published)
+        hidden, present = after(cuts, indices, batch, len(decoder.layers)), left(cuts, indices, batch)
+        observed = _observe(decoder, batch, tuple(layers), queries, published, hidden, present)
         for index, observation in zip(indices, observed, strict=True):
             found[index] = observation
         done += len(indices)
@@ -130,7 +184,13 @@ def observe(
 
 
 def _observe(
-    decoder: Decoder, batch: Batch, layers: tuple[int, ...], queries: int, published: bool
+    decoder: Decoder,
+    batch: Batch,
+    layers: tuple[int, ...],
+    queries: int,
+    published: bool,
+    hidden: dict[int, torch.Tensor],
+    present: Present,
 ) -> list[Observation]:
     rows, prompt = len(batch.ids), batch.prompt
     gates = [torch.zeros(rows, prompt, requires_grad=True) for _ in decoder.layers]
@@ -144,50 +204,59 @@ def _observe(
             hidden=(0, *layers),
             attention=(*(p - 1 for p in layers), *own),
             calls=own,
-            queries=slice(max(0, prompt - queries), prompt),
             before={0: _keep_gradient},
         ) as seen,
     ):
-        seen.bias.update({i: key_bias(gate, batch.ids.shape[1]) for i, gate in enumerate(gates)})
+        for i, gate in enumerate(gates):
+            bias = key_bias(gate, batch.ids.shape[1])
+            seen.bias[i] = bias + hidden[i] if i in hidden else bias
         logits = run(decoder, batch)
         picked = logits.gather(2, batch.labels[..., None])[..., 0]
         margin = ((picked - logits.mean(-1)) * batch.answer_mask).sum()
         gradients = torch.autograd.grad(margin, [*gates, seen.hidden[0]])
     per_layer = torch.stack(gradients[:-1])
-    gate = per_layer.flip(0).cumsum(0).flip(0) ** 2
+    score = per_layer.flip(0).cumsum(0).flip(0) ** 2
     embedding = (gradients[-1][:, :prompt] ** 2).sum(-1)
     with torch.no_grad():
         likely = logits.detach().softmax(-1).topk(min(ANSWER_TOP, logits.shape[-1]))
         hit, nll = outcome(logits.detach(), batch)
-        windows = {p: seen.attention[p - 1].detach()[..., :prompt] for p in layers}
-        inputs = {p: features(seen, p, batch) for p in layers}
+        windows = {p: present.attention(seen.attention[p - 1].detach(), queries) for p in layers}
+        inputs = {p: features(seen, p, batch, present, queries) for p in layers}
     out = []
     for row in range(rows):
-        v, a = batch.prompt_valid[row], batch.answer_mask[row]
-        shown = min(queries, int(v.sum()))
+        there, a = present.valid[row], batch.answer_mask[row]
+        v, shown = present.columns[row, there], min(queries, int(there.sum()))
         out.append(
             Observation(
-                gate=gate[:, row, v],
+                gate=score[:, row, v],
                 embedding=embedding[row, v],
                 inputs={p: inputs[p].row(row) for p in layers},
-                window={p: windows[p][row, :, -shown:, v].half() for p in layers},
+                window={p: windows[p][row, :, -shown:, there].half() for p in layers},
                 likely=likely.indices[row, a],
                 weight=likely.values[row, a],
                 exact=bool(hit[row]),
                 nll=float(nll[row]),
             )
         )
-    return _published(decoder, seen, outputs[0], batch, out) if published else out
+    return _published(decoder, seen, outputs[0], batch, present, queries, out) if published else out
 
 
-def _published(decoder: Decoder, seen: Seen, output: Any, batch: Batch, plain: list[Observation]) -> list[Observation]:
+def _published(
+    decoder: Decoder,
+    seen: Seen,
+    output: Any,
+    batch: Batch,
+    present: Present,
+    queries: int,
+    plain: list[Observation],
+) -> list[Observation]:
     """The observations with what published scorers read. output: the decoder's, before its head."""
     out = []
     with torch.no_grad():
         nll = surprise(decoder, output, batch)
         caught = {p: h for p, call in seen.calls.items() if (h := future_heads(decoder.attentions[p], call, batch))}
         for row, observation in enumerate(plain):
-            v = batch.prompt_valid[row].nonzero()[:, 0]
+            v = present.columns[row, present.valid[row]]
             expected = {}
             for p, h in caught.items():
                 q, k, values = (x[row][:, v].numpy() for x in (h.query, h.key, h.value))
@@ -195,7 +264,7 @@ def _published(decoder: Decoder, seen: Seen, output: Any, batch: Batch, plain: l
             out.append(
                 replace(
                     observation,
-                    own={p: seen.attention[p][row, :, -len(v) :, v].mean((0, 1)) for p in observation.window},
+                    own={p: seen.attention[p][row][:, v[-queries:]][..., v].mean((0, 1)) for p in observation.window},
                     key_norm={p: h.key[row][:, v].norm(dim=-1).mean(0) for p, h in caught.items()},
                     expected=expected,
                     surprise=nll[row, v],

@@ -5,16 +5,20 @@ The model has to run with eager attention, so that masks are additive and attent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fstq_infer.errors import UnsupportedModelError
+from fstq_infer.fisher.items import Batch
 
+NEVER = -1e9
 _LAYER_LISTS = ("layers", "h", "blocks")
 _ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 
@@ -57,7 +61,7 @@ class Decoder:
 class Seen:
     """What a forward pass passed by, by layer, and the biases it is to add.
 
-    hidden: layer inputs (B, S, D). attention: weights (B, H, Q, S). bias: (B, 1, S, S), added to attention logits.
+    hidden: layer inputs (B, S, D). attention: weights (B, H, S, S). bias: (B, 1, S, S), added to attention logits.
     calls: the arguments of attention modules, for :func:`heads`.
     """
 
@@ -122,13 +126,26 @@ def key_bias(bias: torch.Tensor, total: int) -> torch.Tensor:
     return padded[:, None, None, :] * (1 - torch.eye(total, dtype=bias.dtype))
 
 
+def drop_bias(kept: Sequence[NDArray[np.int64]], batch: Batch) -> torch.Tensor:
+    """(B, 1, S, S) bias that hides all prompt tokens but the kept ones from other queries.
+
+    kept: per row the indices that stay, counted in the row's own prompt, without its padding.
+    A dropped token still sees itself: its output is read by nobody, but has to stay finite.
+    """
+    total, prompt = batch.ids.shape[1], batch.prompt
+    bias = torch.zeros(len(kept), total)
+    for row, (indices, length) in enumerate(zip(kept, batch.lengths, strict=True)):
+        bias[row, prompt - length : prompt] = NEVER
+        bias[row, torch.from_numpy(indices) + prompt - length] = 0
+    return bias[:, None, None, :] * (1 - torch.eye(total))
+
+
 @contextmanager
 def watch(
     decoder: Decoder,
     hidden: tuple[int, ...] = (),
     attention: tuple[int, ...] = (),
     calls: tuple[int, ...] = (),
-    queries: slice = slice(None),
     before: dict[int, Callable[[Seen], None]] | None = None,
 ) -> Iterator[Seen]:
     """Record layer inputs, attention weights and calls, and add ``seen.bias[l]`` (B, 1, S, S) to layer l's logits.
@@ -166,7 +183,7 @@ def watch(
                     f"{type(module).__name__} returned no attention weights; load the model with "
                     "attn_implementation='eager'"
                 )
-            seen.attention[index] = output[1][:, :, queries]
+            seen.attention[index] = output[1]
 
         return hook
 

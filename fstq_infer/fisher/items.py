@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,17 @@ class Item:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What an earlier pruning stage left of some items: from decoder layer ``layer`` on.
+
+    kept: per item, ascending indices into its prompt.
+    """
+
+    layer: int
+    kept: Sequence[NDArray[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +50,11 @@ class Batch:
     def prompt_valid(self) -> torch.Tensor:
         """(B, prompt) bool: which prompt columns hold tokens."""
         return self.valid[:, : self.prompt]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        return [int(count) for count in self.prompt_valid.sum(1)]
 
     @property
     def labels(self) -> torch.Tensor:

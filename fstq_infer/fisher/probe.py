@@ -27,12 +27,13 @@ class ProbeInput:
     """Features of a left-padded batch of prompts at one prune layer.
 
     states: (B, S, 2D) RMS-normed layer input and embedding. side: (B, 2H + 3, S) log window attention (mean and max
-    over the last Q queries) and lexical overlap. valid: (B, S) bool.
+    over the last Q queries) and lexical overlap. valid: (B, S) bool. asked: (B, S) bool, the question's tokens.
     """
 
     states: torch.Tensor
     side: torch.Tensor
     valid: torch.Tensor
+    asked: torch.Tensor
 
     @classmethod
     def of(
@@ -42,21 +43,31 @@ class ProbeInput:
         attention: torch.Tensor,
         ids: torch.Tensor,
         valid: torch.Tensor,
+        asked: torch.Tensor | None = None,
     ) -> ProbeInput:
-        """hidden, embedded: (B, S, D); attention: (B, H, min(Q, S), S) of the last queries; ids, valid: (B, S)."""
+        """hidden, embedded: (B, S, D); attention: (B, H, min(Q, S), S) of the last queries; ids, valid: (B, S).
+
+        asked: (B, S), which of the last Q tokens belong to the question, all by default. Behind an earlier stage, which
+        may have dropped some of it, what stands before it moves up.
+        """
         width = hidden.shape[-1]
         states = torch.cat([functional.rms_norm(x.float(), (width,), eps=EPSILON) for x in (hidden, embedded)], -1)
         queries = attention.shape[2]
-        rows = valid[:, -queries:].float()[:, None, :, None]
+        if asked is None:
+            asked = valid & (torch.arange(valid.shape[1]) >= valid.shape[1] - queries)
+        rows = asked[:, -queries:].float()[:, None, :, None]
         seen = attention.float() * rows
         mean = seen.sum(2) / rows.sum(2)
-        side = torch.cat([(mean + EPSILON).log(), (seen.amax(2) + EPSILON).log(), lexical(ids, valid, queries)], 1)
-        return cls(states, side, valid)
+        side = torch.cat(
+            [(mean + EPSILON).log(), (seen.amax(2) + EPSILON).log(), lexical(ids, valid, asked, queries)], 1
+        )
+        return cls(states, side, valid, asked)
 
     def row(self, index: int) -> ProbeInput:
         """One item without its padding, in half precision for keeping."""
         valid = self.valid[index]
-        return ProbeInput(self.states[index, valid].half(), self.side[index][:, valid].half(), valid[valid])
+        states, side = self.states[index, valid].half(), self.side[index][:, valid].half()
+        return ProbeInput(states, side, valid[valid], self.asked[index, valid])
 
     @classmethod
     def pad(cls, rows: list[ProbeInput]) -> ProbeInput:
@@ -67,14 +78,17 @@ class ProbeInput:
             torch.stack([functional.pad(r.states.float(), (0, 0, g, 0)) for r, g in zip(rows, gap, strict=True)]),
             torch.stack([functional.pad(r.side.float(), (g, 0)) for r, g in zip(rows, gap, strict=True)]),
             torch.stack([functional.pad(r.valid, (g, 0)) for r, g in zip(rows, gap, strict=True)]),
+            torch.stack([functional.pad(r.asked, (g, 0)) for r, g in zip(rows, gap, strict=True)]),
         )
 
 
-def lexical(ids: torch.Tensor, valid: torch.Tensor, queries: int) -> torch.Tensor:
-    """(B, 3, S): whether the last tokens hold this token (over its count in the prompt), this bigram, this trigram."""
-    real = valid.float()
-    uni = (ids[:, -queries:, None] == ids[:, None, :]).float() * real[:, -queries:, None] * real[:, None, :]
-    uni[:, :, max(0, ids.shape[1] - queries) :] = 0
+def lexical(ids: torch.Tensor, valid: torch.Tensor, asked: torch.Tensor, queries: int) -> torch.Tensor:
+    """(B, 3, S): whether the question holds this token (over its count in the prompt), this bigram, this trigram.
+
+    asked: its tokens, among the last ``queries``; they match nothing themselves.
+    """
+    real, outside = valid.float(), (valid & ~asked).float()
+    uni = (ids[:, -queries:, None] == ids[:, None, :]).float() * asked[:, -queries:, None] * outside[:, None, :]
     bi = uni * functional.pad(uni, (1, 0, 1, 0))[:, :-1, :-1]
     tri = bi * functional.pad(bi, (1, 0, 1, 0))[:, :-1, :-1]
     count = ((ids[:, :, None] == ids[:, None, :]).float() * real[:, None, :]).sum(2).clamp(min=1)
@@ -148,7 +162,7 @@ class Probe(nn.Module):
 
     def forward(self, x: ProbeInput) -> torch.Tensor:
         mask = x.valid[:, None].float()
-        rows = x.valid[:, -self.queries :].float()[:, None, :, None]
+        rows = x.asked[:, -self.queries :].float()[:, None, :, None]
         q = self.query(x.states[:, -self.queries :]).unflatten(-1, (self.heads, self.rank)).transpose(1, 2)
         k = self.key(x.states).unflatten(-1, (self.heads, self.rank)).transpose(1, 2)
         match = q @ k.transpose(-1, -2) * self.rank**-0.5 + (rows - 1) * -NEGATIVE

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
 
-from fstq_infer.fisher.gates import Observation, features, run
+from fstq_infer.fisher.gates import Observation, Present, after, features, left, run
 from fstq_infer.fisher.hooks import Decoder, Seen, key_bias, watch
-from fstq_infer.fisher.items import Batch, Item, collate
+from fstq_infer.fisher.items import Batch, Cut, Item, collate
 from fstq_infer.fisher.probe import Probe, ProbeInput
 from fstq_infer.fisher.select import keep_count
 
@@ -85,7 +85,9 @@ def soft_bias(
 class SoftGates:
     """Gates ``layers`` by the probe's scores; called as the first of them starts, within the forward pass.
 
-    keeps: a keep ratio for each row of ``batch``. excess: of kept mass, once called; see :func:`soft_bias`.
+    keeps: for each row of ``batch``, the share that stays of the tokens that are there: of ``present``, all by default.
+    hidden: biases by layer that hide what earlier stages dropped. excess: of kept mass, once called; see
+    :func:`soft_bias`.
     """
 
     probe: Probe
@@ -95,25 +97,23 @@ class SoftGates:
     sink: int
     temperature: float
     excess: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    present: Present | None = None
+    hidden: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, seen: Seen) -> None:
-        scores = self.probe(features(seen, self.layers.start, self.batch))
-        bias, self.excess = soft_bias(
-            scores, self.batch.prompt_valid, self.keeps, self.sink, self.probe.window, self.temperature
-        )
-        seen.bias.update(dict.fromkeys(self.layers, key_bias(bias, self.batch.ids.shape[1])))
+        present = self.present or Present.of(self.batch)
+        scores = self.probe(features(seen, self.layers.start, self.batch, present, self.probe.queries))
+        bias, self.excess = soft_bias(scores, present.valid, self.keeps, self.sink, self.probe.window, self.temperature)
+        spread = torch.zeros(len(bias), self.batch.prompt).scatter_add(1, present.columns, bias)  # padding adds 0
+        full = key_bias(spread, self.batch.ids.shape[1])
+        seen.bias.update({n: full + self.hidden[n] if n in self.hidden else full for n in self.layers})
 
 
 def gated_loss(decoder: Decoder, gates: SoftGates, observations: Sequence[Observation]) -> torch.Tensor:
     """Cross-entropy to the dense model's answers, as observed for each row, plus twice the excess of kept mass."""
-    layer, prompt = gates.layers.start, gates.batch.prompt
-    with watch(
-        decoder,
-        hidden=(0, layer),
-        attention=(layer - 1,),
-        queries=slice(max(0, prompt - gates.probe.queries), prompt),
-        before={layer: gates},
-    ):
+    layer = gates.layers.start
+    with watch(decoder, hidden=(0, layer), attention=(layer - 1,), before={layer: gates}) as seen:
+        seen.bias.update(gates.hidden)
         logits = run(decoder, gates.batch)
     loss = 2 * gates.excess
     for row, dense in enumerate(observations):
@@ -133,11 +133,13 @@ def tune(
     steps: int = 400,
     rows: int = 8,
     progress: Progress | None = None,
+    cuts: Sequence[Cut] = (),
 ) -> None:
     """Tune the probe in place so that the gated model answers as the dense one does; the model stays as it is.
 
-    observations: of the items, in their order. The temperature falls from 1 to 0.15; lower ones, and many more steps,
-    were seen to ruin the probe.
+    observations: of the items, in their order. cuts: what earlier stages left of them; a keep ratio that is tried is
+    then what all stages leave together, each the same share of what reached it. The temperature falls from 1 to 0.15;
+    lower ones, and many more steps, were seen to ruin the probe.
     """
     optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
@@ -150,8 +152,12 @@ def tune(
         # Neighbours in length share a batch; a random shift keeps the groups from being the same ones each time.
         first = int(torch.randint(len(order) - rows + 1, (1,), generator=generator))
         chosen = order[first : first + rows]
-        keeps = [KEEPS[int(torch.randint(len(KEEPS), (1,), generator=generator))] for _ in chosen]
-        gates = SoftGates(probe, layers, collate([items[i] for i in chosen]), keeps, sink, temperature)
+        drawn = (KEEPS[int(torch.randint(len(KEEPS), (1,), generator=generator))] for _ in chosen)
+        keeps = [keep ** (1 / (len(cuts) + 1)) for keep in drawn]
+        batch = collate([items[i] for i in chosen])
+        gates = SoftGates(probe, layers, batch, keeps, sink, temperature)
+        if cuts:
+            gates.present, gates.hidden = left(cuts, chosen, batch), after(cuts, chosen, batch, layers.stop)
         with torch.enable_grad():
             loss = gated_loss(decoder, gates, [observations[i] for i in chosen])
         _update(optimizer, probe, loss, clip=1.0)

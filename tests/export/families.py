@@ -269,7 +269,12 @@ def exported(model: Path, out: Path, stages: Sequence[Stage], dtype: str = "floa
 
 
 def verified(
-    model: Path, out: Path, stages: Sequence[Stage], probes: Sequence[Probe], dtype: str = "float32", **options: Any
+    model: Path,
+    out: Path,
+    stages: Sequence[Stage],
+    probes: Sequence[Probe | None],
+    dtype: str = "float32",
+    **options: Any,
 ) -> verify.Verification:
     """Verify the graph in ``out`` against ``model``, with two real prompts of 70 and 61 tokens."""
     resolved = source.resolve(str(model))

@@ -9,8 +9,8 @@ import pytest
 from .families import FAMILIES, ids, make  # isort: skip - skips with a reason where the export extra is missing
 
 import torch
-from fstq_export.calibrate import Recipe
 from fstq_export.pipeline import Request, export
+from fstq_export.recipe import Recipe
 from transformers import AutoModelForCausalLM
 
 from fstq_infer import Generator

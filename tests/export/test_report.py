@@ -63,7 +63,7 @@ def full() -> Report:
             "left_out": 12,
             "prompt_tokens": {"median": 247, "max": 301},
             "score": "gate",
-            "probe": PROBE,
+            "probes": [PROBE],
             "metric": "exact match",
             "dense": {"exact": DENSE, "nll": 0.08},
             "max_quality_drop": 0.01,
@@ -76,7 +76,8 @@ def full() -> Report:
             },
             "candidates": [
                 {
-                    "layer": layer,
+                    "layers": [layer],
+                    "keeps": [keep],
                     **point(keep, exact),
                     "probe": PROBE,
                     "relative_cost": layer / 5 + keep * (1 - layer / 5),
@@ -84,7 +85,13 @@ def full() -> Report:
                 for layer in (1, 2)
                 for keep, exact in ((0.75, 0.9), (0.5, 0.88 if layer == 1 else 0.9163), (0.25, 0.7))
             ],
-            "chosen": {"layer": 2, **point(0.5, 0.9163), "interval": [-0.006, 0.014], "bound": 0.014},
+            "chosen": {
+                "layers": [2],
+                "keeps": [0.5],
+                **point(0.5, 0.9163),
+                "interval": [-0.006, 0.014],
+                "bound": 0.014,
+            },
             "met": True,
             "curves": {
                 "probe": [point(0.5, 0.9163), point(0.25, 0.7)],
@@ -146,7 +153,9 @@ def uncalibrated() -> Report:
 def unmet() -> Report:
     report = full()
     report["calibration"] |= {"chosen": None, "met": False, "example": None}
-    report["calibration"]["candidates"] = [{"layer": 2, **point(0.75, 0.8832), "probe": PROBE, "relative_cost": 0.85}]
+    report["calibration"]["candidates"] = [
+        {"layers": [2], "keeps": [0.75], **point(0.75, 0.8832), "probe": PROBE, "relative_cost": 0.85}
+    ]
     report["calibration"]["adaptive"] = {"chosen": None, "rows": [{**point(0.7, 0.8832), "mass": 0.98, "bound": 0.08}]}
     report["graph"]["stages"], report["verification"]["pruned"] = [], None
     report["timing"] = {"skipped": "the model has more than 200 million parameters"}
@@ -369,6 +378,24 @@ def test_verdict(change: dict[str, Any], expected: str) -> None:
         calibration[key] = calibration[key] | value if isinstance(value, dict) else value
     assert expected in verdict(report)
     assert expected in plain(Page(render(report)).text)
+
+
+def test_several_stages_are_told_apart() -> None:
+    report = full()
+    report["graph"]["stages"].append({"layer": 3, "sink": 1, "window": 16})
+    setting = {"layers": [2, 3], "keeps": [0.7, 0.5], **point(0.5, 0.9163)}
+    report["calibration"]["chosen"] |= setting
+    carried = "scores carried on from layer 2"
+    report["calibration"]["candidates"].append({**setting, "probe": carried, "relative_cost": 0.74})
+    report["calibration"]["probes"].append(carried)
+    page = Page(render(report))
+    assert verdict(report).startswith("Keeping 70 % of the prompt from layer 2 on and 50 % from layer 3 on costs")
+    text = plain(page.text)
+    assert "50 % from layer 3 of 5, 70 % from layer 2" in text and "cost of a prompt0.74" in text
+    assert (
+        "tokens kept are those after the last stage" in text and "5 of its 8 tokens stay after the last stage" in text
+    )
+    assert "mean layer 2, where tokens first leave" in text and f"{PROBE}; then {carried}" in text
 
 
 def test_verdict_without_calibration() -> None:

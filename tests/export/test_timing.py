@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
 
 from fstq_export import timing
-from fstq_export.calibrate import Recipe
 from fstq_export.pipeline import Request, export
+from fstq_export.recipe import Recipe
 
 from fstq_infer.bundle import Bundle
 from fstq_infer.runtime.ort import MODEL

@@ -292,6 +292,23 @@ def test_a_piece_that_cannot_run_is_named(llama: Exported, tmp_path: Path) -> No
         llama.verified(folder)
 
 
+def test_a_stage_without_a_probe_goes_on_with_the_scores_before(llama: Exported, tmp_path: Path) -> None:
+    resolved = source.resolve(str(llama.model))
+    probe = families.random_probe(resolved.config, 8, seed=1)
+    stages = (Stage(1, 1, 8), Stage(2, 1, 4), Stage(3, 1, 4))
+    first = PruneStage(stages[0], probe.arrays(), probe.queries)
+    carried = [first, PruneStage(stages[1], None), PruneStage(stages[2], None)]
+    decoder.save(decoder.build_graph(resolved, "float32", carried), tmp_path)
+    assert not any("fstq.probe.2" in name for name in ir.load(tmp_path / decoder.GRAPH).graph.initializers)
+    result = families.verified(llama.model, tmp_path, stages, [probe, None, None])
+    assert result.kept_equal and result.pruned is not None and result.pruned < 1e-4
+    other = families.random_probe(resolved.config, 4, seed=2)
+    with pytest.raises(VerificationError, match="keep different tokens at prune layer 2"):
+        families.verified(llama.model, tmp_path, stages, [probe, other, None])
+    with pytest.raises(UnsupportedModelError, match="the first pruning stage has no scores"):
+        decoder.build_graph(resolved, "float32", carried[1:])
+
+
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 

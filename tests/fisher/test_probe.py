@@ -42,6 +42,7 @@ def random_rows(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[Probe
             torch.randn(n, 2 * WIDTH, generator=generator).half(),
             torch.randn(side, n, generator=generator).half(),
             torch.ones(n, dtype=torch.bool),
+            torch.arange(n) >= n - WINDOW,
         )
         for n in lengths
     ]
@@ -72,6 +73,19 @@ def test_features_do_not_depend_on_padding() -> None:
         torch.testing.assert_close(kept.side.float(), alone.side[0], rtol=1e-3, atol=1e-3)
 
 
+def test_behind_a_stage_only_what_is_left_of_the_question_is_read_as_such() -> None:
+    """Tokens before it that moved up among the last ones match it like any other, and ask nothing."""
+    generator = torch.Generator().manual_seed(4)
+    n, left = 20, 3
+    hidden, embedded = (torch.randn(1, n, WIDTH, generator=generator) for _ in range(2))
+    attention = torch.rand(1, HEADS, WINDOW, n, generator=generator)
+    ids, valid = torch.randint(0, 5, (1, n), generator=generator), torch.ones(1, n, dtype=torch.bool)
+    x = ProbeInput.of(hidden, embedded, attention, ids, valid, torch.arange(n)[None] >= n - left)
+    short = ProbeInput.of(hidden, embedded, attention[:, :, -left:], ids, valid)
+    torch.testing.assert_close(x.side, short.side)
+    torch.testing.assert_close(random_probe()(x), random_probe()(short))
+
+
 def naive_lexical(ids: list[int], window: int) -> list[list[float]]:
     start = max(0, len(ids) - window)
 
@@ -89,7 +103,8 @@ def test_lexical_is_the_naive_one() -> None:
     generator = torch.Generator().manual_seed(0)
     for n in (1, 5, 6, 7, 30, 60):
         ids = torch.randint(0, 4, (1, n), generator=generator)
-        found = lexical(ids, torch.ones(1, n, dtype=torch.bool), min(WINDOW, n))
+        valid, asked = torch.ones(1, n, dtype=torch.bool), torch.arange(n)[None] >= n - WINDOW
+        found = lexical(ids, valid, asked, min(WINDOW, n))
         np.testing.assert_allclose(found[0].numpy(), np.array(naive_lexical(ids[0].tolist(), WINDOW), float), rtol=1e-6)
 
 

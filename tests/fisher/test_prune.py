@@ -12,13 +12,15 @@ pytest.importorskip("torch", reason="torch is not installed; it comes with the '
 
 import torch
 
-from fstq_infer.fisher.gates import outcome, run
-from fstq_infer.fisher.hooks import Decoder, watch
-from fstq_infer.fisher.items import Item, collate
-from fstq_infer.fisher.prune import drop_bias, pruned_outcome
+from fstq_infer.fisher import train
+from fstq_infer.fisher.gates import after, left, observe, outcome, run
+from fstq_infer.fisher.hooks import Decoder, drop_bias, watch
+from fstq_infer.fisher.items import Cut, Item, collate
+from fstq_infer.fisher.probe import Probe, ProbeInput
+from fstq_infer.fisher.prune import pruned_outcome
 from fstq_infer.fisher.select import keep_count, select
 
-from .models import FAMILIES, LAYERS, tiny, tokens
+from .models import FAMILIES, HEADS, LAYERS, WIDTH, tiny, tokens
 
 ITEMS = [Item(tokens(n, seed=n), tokens(a, seed=a)) for n, a in ((24, 3), (9, 5), (17, 1), (30, 4), (5, 2))]
 SINK, WINDOW = 1, 4
@@ -27,6 +29,14 @@ SINK, WINDOW = 1, 4
 def kept(item: Item, keep: float, seed: int = 0) -> np.ndarray:
     scores = np.random.default_rng(seed).random(len(item.prompt))
     return select(scores, keep_count(len(scores), keep, SINK, WINDOW), SINK, WINDOW)
+
+
+def random_probe() -> Probe:
+    torch.manual_seed(1)
+    probe = Probe(WIDTH, HEADS, queries=6, window=WINDOW)
+    with torch.no_grad():
+        probe.skip.weight.copy_(torch.randn(probe.skip.weight.shape) * 0.3)
+    return probe.eval()
 
 
 def removed(model: Any, item: Item, layer: int, columns: Sequence[int]) -> Any:
@@ -57,7 +67,8 @@ def test_masking_equals_removing(layer: int, keep: float) -> None:
     with torch.no_grad(), watch(decoder) as seen:
         seen.bias.update(dict.fromkeys(range(layer, LAYERS), drop_bias(choice, batch)))
         masked = run(decoder, batch)
-    exact, nll = pruned_outcome(decoder, ITEMS, layer, lambda indices: [choice[i] for i in indices])
+    found = pruned_outcome(decoder, ITEMS, (layer,), lambda _stage, i, *_: choice[i])
+    assert all(np.array_equal(a, b) for a, b in zip(found.cuts[0].kept, choice, strict=True))
     with torch.no_grad():
         dense = run(decoder, batch)
     for row, item in enumerate(ITEMS):
@@ -65,8 +76,8 @@ def test_masking_equals_removing(layer: int, keep: float) -> None:
             wanted = removed(model, item, layer, choice[row].tolist())
         answer = torch.tensor(item.answer)
         torch.testing.assert_close(masked[row, : len(answer)], wanted, rtol=1e-4, atol=1e-4)
-        assert nll[row] == pytest.approx(float(torch.nn.functional.cross_entropy(wanted, answer)), rel=1e-4)
-        assert exact[row] == bool((wanted.argmax(-1) == answer).all())
+        assert found.nll[row] == pytest.approx(float(torch.nn.functional.cross_entropy(wanted, answer)), rel=1e-4)
+        assert found.exact[row] == bool((wanted.argmax(-1) == answer).all())
         if len(choice[row]) < len(item.prompt):
             assert not torch.allclose(masked[row, : len(answer)], dense[row, : len(answer)], atol=1e-3)
 
@@ -76,17 +87,60 @@ def test_keeping_everything_is_dense(family: str) -> None:
     decoder, batch = Decoder.of(tiny(family)), collate(ITEMS)
     with torch.no_grad():
         hit, loss = outcome(run(decoder, batch), batch)
-    exact, nll = pruned_outcome(decoder, ITEMS, 1, lambda indices: [np.arange(len(ITEMS[i].prompt)) for i in indices])
-    assert exact.tolist() == hit.tolist() and nll == pytest.approx(loss.tolist(), rel=1e-4)
+    found = pruned_outcome(decoder, ITEMS, (1,), lambda _stage, _row, tokens, _scores: tokens)
+    assert found.exact.tolist() == hit.tolist() and found.nll == pytest.approx(loss.tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_do_not_depend_on_their_batch(family: str) -> None:
     decoder = Decoder.of(tiny(family))
-    exact, nll = pruned_outcome(decoder, ITEMS, 2, lambda indices: [kept(ITEMS[i], 0.4, i) for i in indices])
+    found = pruned_outcome(decoder, ITEMS, (2,), lambda _stage, i, *_: kept(ITEMS[i], 0.4, i))
     for index, item in enumerate(ITEMS):
-        alone = pruned_outcome(decoder, [item], 2, lambda _, item=item, index=index: [kept(item, 0.4, index)])
-        assert alone[0][0] == exact[index] and alone[1][0] == pytest.approx(nll[index], rel=1e-4)
+        alone = pruned_outcome(decoder, [item], (2,), lambda *_, item=item, index=index: kept(item, 0.4, index))
+        assert alone.exact[0] == found.exact[index] and alone.nll[0] == pytest.approx(found.nll[index], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_later_probe_reads_what_the_earlier_stage_left(family: str) -> None:
+    """Observing behind a cut and pruning in one pass give the same scores, of the tokens that are left."""
+    decoder, probe = Decoder.of(tiny(family)), random_probe()
+    choice = [kept(item, 0.6, seed) for seed, item in enumerate(ITEMS)]
+    scores: dict[int, np.ndarray] = {}
+
+    def choose(stage: int, row: int, tokens: Any, found: Any) -> Any:
+        if stage == 0:
+            return choice[row]
+        np.testing.assert_array_equal(tokens, choice[row])
+        scores[row] = found
+        return tokens[select(found, keep_count(len(tokens), 0.5, SINK, WINDOW), SINK, WINDOW)]
+
+    found = pruned_outcome(decoder, ITEMS, (1, 3), choose, (None, probe))
+    assert [cut.layer for cut in found.cuts] == [1, 3]
+    cut = Cut(1, choice)
+    observed = observe(decoder, ITEMS, (3,), probe.queries, cuts=[cut], published=True)
+    for row, o in enumerate(observed):
+        assert o.embedding.shape == (len(choice[row]),) == o.gate[3].shape == o.surprise.shape
+        assert o.window[3].shape[-1] == len(choice[row])
+        with torch.no_grad():
+            again = probe(ProbeInput.pad([o.inputs[3]]))[0].numpy()
+        np.testing.assert_allclose(again, scores[row], rtol=2e-2, atol=2e-2)  # kept in half precision
+        assert set(found.cuts[1].kept[row]) <= set(choice[row])
+    first = pruned_outcome(decoder, ITEMS, (1,), lambda _stage, i, *_: choice[i])
+    assert first.nll == pytest.approx([o.nll for o in observed], rel=1e-4)
+
+
+def test_tuning_behind_a_stage_leaves_dropped_tokens_dropped() -> None:
+    decoder = Decoder.of(tiny())
+    choice = [kept(item, 0.5, seed) for seed, item in enumerate(ITEMS)]
+    cut, batch = [Cut(1, choice)], collate(ITEMS)
+    rows = range(len(ITEMS))
+    gates = train.SoftGates(random_probe(), range(2, LAYERS), batch, [1.0] * len(ITEMS), SINK, 1e-4)
+    gates.present, gates.hidden = left(cut, rows, batch), after(cut, rows, batch, LAYERS)
+    observed = observe(decoder, ITEMS, (2,), gates.probe.queries, cuts=cut)
+    with torch.no_grad():
+        found = float(train.gated_loss(decoder, gates, observed))
+    entropy = sum(float(-(o.weight * o.weight.log()).sum(-1).mean()) for o in observed) / len(ITEMS)
+    assert found == pytest.approx(entropy, abs=0.05)  # open gates lose nothing of what the cut left
 
 
 def test_drop_bias() -> None:

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fstq_export import data
-from fstq_export.calibrate import Recipe
 from fstq_export.command import bars
 from fstq_export.demo import facts
 from fstq_export.demo.train import amounts
 from fstq_export.pipeline import Done, Request, export
+from fstq_export.recipe import Recipe
 from fstq_export.report import verdict
 from fstq_infer.commands import kept_text
 from fstq_infer.errors import OptionError

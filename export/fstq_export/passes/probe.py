@@ -65,16 +65,26 @@ def window_attention(emit: Emit, attention: ir.Node, tokens: Tokens, queries: in
     return emit("Softmax", logits, axis=-1)
 
 
-def lexical(emit: Emit, tokens: Tokens, queries: int) -> ir.Value:
-    """(B, 3, S): do the last tokens hold this token (over its count in the prompt), this bigram, this trigram."""
+def asked(emit: Emit, tokens: Tokens, queries: int) -> ir.Value:
+    """(B, S) bool: the question's tokens, the last ``queries`` positions; an earlier stage may have dropped some."""
+    last = emit("Slice", tokens.positions, emit.ints(-1), emit.ints(2**62), emit.ints(1))
+    return emit("And", tokens.valid, emit("Greater", tokens.positions, emit("Sub", last, emit.ints(queries))))
+
+
+def lexical(emit: Emit, tokens: Tokens, question: ir.Value, queries: int) -> ir.Value:
+    """(B, 3, S): does the question hold this token (over its count in the prompt), this bigram, this trigram.
+
+    question: (B, S) 1 for its tokens, which are among the last ``queries``.
+    """
     # 0/1 arithmetic throughout: boolean ops of that shape are slower, and shifting is a Pad.
     last = emit("Slice", tokens.ids, emit.ints(-queries), emit.ints(2**62), emit.ints(1))
     valid = _float(emit, tokens.valid)
-    last_valid = emit("Slice", valid, emit.ints(-queries), emit.ints(2**62), emit.ints(1))
+    rows = emit("Slice", question, emit.ints(-queries), emit.ints(2**62), emit.ints(1))
     ids_column = emit("Unsqueeze", tokens.ids, emit.ints(1))
     same = _float(emit, emit("Equal", emit("Unsqueeze", last, emit.ints(2)), ids_column))
-    inside = emit("Mul", emit("Unsqueeze", last_valid, emit.ints(2)), emit("Unsqueeze", valid, emit.ints(1)))
-    uni = emit("Mul", emit("Mul", same, inside), _outside(emit, tokens, queries))
+    outside = emit("Sub", valid, question)  # the question is valid
+    inside = emit("Mul", emit("Unsqueeze", rows, emit.ints(2)), emit("Unsqueeze", outside, emit.ints(1)))
+    uni = emit("Mul", same, inside)
 
     def after(matches: ir.Value) -> ir.Value:
         """Matches moved one on in both the question and the prompt: the predecessor pair matched too."""
@@ -128,7 +138,8 @@ def probe_scores(
     width = double // 2
     x = emit("Concat", _rms(emit, tokens.hidden, width), _rms(emit, tokens.embedded, width), axis=-1)
     valid = _float(emit, tokens.valid)
-    row_valid = emit("Slice", valid, emit.ints(-queries), emit.ints(2**62), emit.ints(1))
+    question = _float(emit, asked(emit, tokens, queries))
+    rows = emit("Slice", question, emit.ints(-queries), emit.ints(2**62), emit.ints(1))
 
     def project(name: str, states: ir.Value) -> ir.Value:
         """(B, n, 2D) -> (B, heads, n, rank)."""
@@ -141,7 +152,7 @@ def probe_scores(
     k = project("key", x)
     match = emit("MatMul", q, emit("Transpose", k, perm=[0, 1, 3, 2]))
     match = emit("Mul", match, emit.const(np.array(rank**-0.5, np.float32)))
-    rows = emit("Unsqueeze", row_valid, emit.ints(1, 3))
+    rows = emit("Unsqueeze", rows, emit.ints(1, 3))
     one = emit.const(np.array(1, np.float32))
     match = emit("Add", match, emit("Mul", emit("Sub", rows, one), emit.const(np.array(-NEGATIVE, np.float32))))
     best = emit("ReduceMax", match, emit.ints(2), keepdims=0)
@@ -160,7 +171,7 @@ def probe_scores(
         emit("Transpose", linear, perm=[0, 2, 1]),
         emit("Log", emit("Add", mean, tiny)),
         emit("Log", emit("Add", peak, tiny)),
-        lexical(emit, tokens, queries),
+        lexical(emit, tokens, question, queries),
         axis=1,
     )
     mask = emit("Unsqueeze", valid, emit.ints(1))

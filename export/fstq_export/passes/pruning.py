@@ -31,10 +31,13 @@ _PRESENT = re.compile(r"present\.(\d+)\.(key|value)")
 
 @dataclass(frozen=True, slots=True)
 class PruneStage:
-    """A stage and the probe that scores its tokens (``Probe.arrays()``), reading ``queries`` tokens as the question."""
+    """A stage and the probe that scores its tokens (``Probe.arrays()``), reading ``queries`` tokens as the question.
+
+    Without a probe it goes on with the scores of the stage before.
+    """
 
     stage: Stage
-    probe: Mapping[str, NDArray[np.float32]]
+    probe: Mapping[str, NDArray[np.float32]] | None
     queries: int = QUERIES
 
 
@@ -101,6 +104,8 @@ class TokenPruning(InPlacePass):
         total = len(attention_nodes(model.graph))
         if sorted(set(layers)) != layers or (layers and not (layers[0] > 0 and layers[-1] < total)):
             raise PreconditionError(f"prune layers must rise and lie in 1..{total - 1}; found {layers}")
+        if self.stages and self.stages[0].probe is None:
+            raise PreconditionError("the first pruning stage has no scores to go on with; it needs a probe")
 
     def call(self, model: ir.Model) -> PassResult:
         if not self.stages:
@@ -113,24 +118,29 @@ class TokenPruning(InPlacePass):
         embedded = crossing(graph, 0).residual
         ids, positions = inputs["input_ids"], inputs["position_ids"]
         origin: ir.Value | None = None
+        scores: ir.Value | None = None
+        columns: ir.Value | None = None
         for number, prune in enumerate(self.stages, 1):
             layer = prune.stage.layer
             border = crossing(graph, layer)
             emit = Emit(graph, f"fstq/prune.{number}")
             valid = emit("GreaterOrEqual", positions, emit.ints(0))
             tokens = Tokens(ids, positions, valid, border.residual, embedded)
-            scores = probe_scores(
-                emit,
-                f"fstq.probe.{number}",
-                prune.probe,
-                tokens,
-                nodes[layer - 1],
-                prune.queries,
-                prune.stage.window,
-                self.windows[layer - 1],
-            )
+            if prune.probe is None:
+                scores = emit("GatherElements", scores, columns, axis=1)
+            else:
+                span = prune.probe["span"].shape[2]
+                scores = probe_scores(
+                    emit,
+                    f"fstq.probe.{number}",
+                    prune.probe,
+                    tokens,
+                    nodes[layer - 1],
+                    prune.queries,
+                    prune.stage.window,
+                    self.windows[layer - 1],
+                )
             own = emit("Slice", keep, emit.ints(number - 1), emit.ints(number), emit.ints(1))
-            span = prune.probe["span"].shape[2]
             columns, counts = _choose(emit, scores, tokens, own, prune.stage, span)
             minus = emit.ints(-1)
             positions = emit("Where", counts, emit("GatherElements", positions, columns, axis=1), minus)
