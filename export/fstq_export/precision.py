@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from fstq_export.passes.quantize import Prints, fingerprints
 from fstq_export.sensitivity import Collector, Damage, Weight, batch_tokens, joined, predictions, shortened, weights
 from fstq_infer.errors import OptionError
 from fstq_infer.fisher.hooks import Decoder
@@ -83,10 +84,14 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A plan, the codes of every weight in it, and what was measured (for the report)."""
+    """A plan, the codes of every weight in it, and what was measured (for the report).
+
+    prints: by which the graph's weights are found, see :mod:`fstq_export.passes.quantize`.
+    """
 
     plan: Plan
     weights: Mapping[str, Quantized]
+    prints: Mapping[str, Prints]
     report: dict[str, Any]
 
 
@@ -95,6 +100,7 @@ class Planner:
 
     def __init__(self, decoder: Decoder, wanted: Precision, dtype: str, seed: int, progress: Progress) -> None:
         self.decoder, self.wanted, self.seed, self.progress = decoder, wanted, seed, progress
+        self.dtype = np.dtype(dtype)
         self.weights = weights(decoder)
         self.parameters = sum(weight.matrix.size for weight in self.weights.values())
         self.formats = [name for name in AUTOMATIC if not (dtype == "float16" and name == "fp32")]
@@ -123,7 +129,8 @@ class Planner:
             codes = {name: self._quantized(name, formats[group]) for group, names in self.groups.items() for name in names}
             report = self._report(plan, codes, held) if fitting else None
             self._fitted = lambda _name: None
-        return Result(plan, codes, report or {"plan": _summary(plan), "measured": None})
+        prints = {name: fingerprints(weight.matrix.astype(self.dtype)) for name, weight in self.weights.items()}
+        return Result(plan, codes, prints, report or {"plan": _summary(plan), "measured": None})
 
     def _check_names(self, plan: Plan) -> None:
         """A plan that is followed without calibration data names weights itself."""
