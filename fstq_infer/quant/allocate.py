@@ -44,6 +44,7 @@ def allocate(options: Mapping[str, Sequence[Choice]], budget: float, what: str =
         from scipy.sparse import csr_array
     except ImportError as error:
         raise MissingExtraError("allocating formats", error.name or "scipy", "export") from error
+    options = {group: _undominated(choices) for group, choices in options.items()}
     flat = [(group, choice) for group, choices in options.items() for choice in choices]
     row = {group: number for number, group in enumerate(options)}
     damage = np.array([choice.damage for _, choice in flat])
@@ -52,15 +53,14 @@ def allocate(options: Mapping[str, Sequence[Choice]], budget: float, what: str =
         (np.ones(len(flat)), ([row[group] for group, _ in flat], range(len(flat)))), shape=(len(row), len(flat))
     )
     # Scaled to order one, so that the solver's absolute tolerances mean the same for every model and unit.
-    scaled = damage / max(damage.max(), 1e-300) + 1e-9 * cost / max(cost.max(), 1e-300)
-    limit = budget / max(cost.max(), 1e-300)
+    largest = max(cost.max(), 1e-300)
     solved = milp(
-        scaled,
+        damage / max(damage.max(), 1e-300),
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(cost[None] / max(cost.max(), 1e-300), -math.inf, limit),
+            LinearConstraint(cost[None] / largest, -math.inf, budget / largest),
         ],
         options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )
@@ -68,6 +68,15 @@ def allocate(options: Mapping[str, Sequence[Choice]], budget: float, what: str =
         raise OptionError(f"no allocation was found ({solved.message}); set another budget")
     chosen = {group: choice for (group, choice), on in zip(flat, solved.x, strict=True) if on > 0.5}
     return {group: choice.format for group, choice in _fitting(options, chosen, budget).items()}
+
+
+def _undominated(choices: Sequence[Choice]) -> list[Choice]:
+    """Choices, from cheap to dear, each of which does less damage than all cheaper ones."""
+    found: list[Choice] = []
+    for choice in sorted(choices, key=lambda one: (one.cost, one.damage)):
+        if not found or choice.damage < found[-1].damage:
+            found.append(choice)
+    return found
 
 
 def _fitting(
