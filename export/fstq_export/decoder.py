@@ -36,7 +36,7 @@ def build_graph(
 ) -> ir.Model:
     """The whole graph of docs/bundle-format.md. Raises UnsupportedModelError naming architecture and reason.
 
-    weights: codes by name, of weights that are to be stored in a format; prints: of what they were made of, see the pass.
+    weights: codes by name, of weights that are to be stored in a format; prints: see :class:`QuantizeWeights`.
     """
     try:
         with warnings.catch_warnings():

@@ -19,6 +19,7 @@ import torch
 from fstq_export import data, decoder, precision, report, source, timing, verify
 from fstq_export.calibrate import Calibration, Calibrator, Recipe
 from fstq_export.continuation import with_continuations
+from fstq_export.meter import quantize_in_place
 from fstq_export.passes.pruning import PruneStage
 from fstq_export.precision import Precision
 from fstq_export.reference import parameter_count, reference
@@ -129,10 +130,8 @@ class Export:
                 with self._step("give formats"):
                     self._quantize(model, held, writer.path)
             with self._step("build graph"):
-                found = self.quantized
-                graph = decoder.build_graph(
-                    model, request.dtype, stages, found and found.weights, found and found.prints
-                )
+                codes = (self.quantized.weights, self.quantized.prints) if self.quantized else ()
+                graph = decoder.build_graph(model, request.dtype, stages, *codes)
                 nodes = len(graph.graph)
             with self._step("write weights"):
                 decoder.save(graph, writer.path)
@@ -230,7 +229,7 @@ class Export:
         probes = [Probe.from_arrays(s.probe, s.queries, s.stage.window) for s in stages]
         with reference(model, stream=False if self.quantized else None) as frozen:
             if self.quantized:
-                precision.quantize_in_place(frozen, self.quantized.weights)
+                quantize_in_place(frozen, self.quantized.weights)
             return verify.verify(
                 folder,
                 decoder.GRAPH,

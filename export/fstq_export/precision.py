@@ -6,21 +6,19 @@ Knows torch models and the order of these steps; formats, codes and the knapsack
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn import functional
 
+from fstq_export.meter import Meter, replaced
 from fstq_export.passes.quantize import Prints, fingerprints
-from fstq_export.sensitivity import Collector, Damage, Weight, batch_tokens, joined, predictions, shortened, weights
+from fstq_export.sensitivity import Collector, Damage, joined, weights
 from fstq_infer.errors import OptionError
 from fstq_infer.fisher.hooks import Decoder
-from fstq_infer.fisher.items import Item, batches
+from fstq_infer.fisher.items import Item
 from fstq_infer.quant.allocate import Choice, allocate
 from fstq_infer.quant.codes import Quantized, quantize
 from fstq_infer.quant.formats import FORMATS, named
@@ -32,8 +30,6 @@ SHORT = {"int4": "int4-32"}  # names that stand for one of several formats
 AUTOMATIC = ("int4-128", "int4-64", "int4-32", "int8", "fp16", "fp32")
 LOW, HIGH = "int4-32", "int8"  # what rules without sensitivities choose between
 KEPT = 50_000_000  # weights up to which codes of all formats stay in memory
-TEXTS = 128  # held-out texts that are measured
-REFERENCE = 1 << 26  # log-probabilities of the model as it is that stay in memory, to measure divergence
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +121,8 @@ class Planner:
                 self._check_names(self.wanted.plan)
                 self.groups = dict(known)
             formats = self._formats()
+            codes = self._codes_of(formats)
             plan = self._plan(formats)
-            codes = {name: self._quantized(name, formats[group]) for group, names in self.groups.items() for name in names}
             report = self._report(plan, codes, held) if fitting else None
             self._fitted = lambda _name: None
         prints = {name: fingerprints(weight.matrix.astype(self.dtype)) for name, weight in self.weights.items()}
@@ -180,6 +176,10 @@ class Planner:
             self._codes[key] = codes
         return codes
 
+    def _codes_of(self, formats: Mapping[str, str]) -> dict[str, Quantized]:
+        """Codes of all weights; formats: by group."""
+        return {name: self._quantized(name, formats[group]) for group, names in self.groups.items() for name in names}
+
     def _formats(self) -> dict[str, str]:
         """group -> format, as asked for."""
         if self.wanted.plan is not None:
@@ -193,9 +193,7 @@ class Planner:
             return float(self.wanted.bytes)
         return (self.wanted.bits or BITS) * self.parameters / 8
 
-    def _options(
-        self, formats: Sequence[str], damage: Callable[[str, str], float]
-    ) -> dict[str, list[Choice]]:
+    def _options(self, formats: Sequence[str], damage: Callable[[str, str], float]) -> dict[str, list[Choice]]:
         return {
             group: [
                 Choice(form, sum(damage(name, form) for name in names), float(self._bytes(names, form)))
@@ -210,12 +208,12 @@ class Planner:
     def _plan(self, formats: Mapping[str, str]) -> Plan:
         budget = self.wanted.format or f"as in {Path(self.wanted.place).name}"
         if self.wanted.format == AUTO:
-            budget = f"{self.wanted.bytes} bytes" if self.wanted.bytes else f"{self.wanted.bits or BITS:g} bits per weight"
+            budget = (
+                f"{self.wanted.bytes} bytes" if self.wanted.bytes else f"{self.wanted.bits or BITS:g} bits per weight"
+            )
         groups = {}
         for group, names in self.groups.items():
             form = formats[group]
-            for name in names:
-                self._quantized(name, form)
             damage = sum(self._damage.get((name, form), 0.0) for name in names)
             size = sum(self.weights[name].matrix.size for name in names)
             groups[group] = Group(names, form, damage, self._bytes(names, form), size)
@@ -249,9 +247,7 @@ class Planner:
         meter = Meter(self.decoder, held)
         rows = [{"name": "unquantized", "bits": 32.0, "bytes": self.parameters * 4, "damage": 0.0, **meter.measure()}]
         for number, (name, formats) in enumerate({"plan": plan.formats, **rules}.items()):
-            chosen = codes if name == "plan" else {
-                weight: self._quantized(weight, formats[group]) for group, names in self.groups.items() for weight in names
-            }
+            chosen = codes if name == "plan" else self._codes_of(formats)
             size = sum(self._bytes(names, formats[group]) for group, names in self.groups.items())
             predicted = sum(self._damage[w, formats[g]] for g, names in self.groups.items() for w in names)
             with replaced(self.decoder, self.weights, chosen):
@@ -272,67 +268,3 @@ def _summary(plan: Plan) -> dict[str, Any]:
         for name, g in plan.groups.items()
     ]
     return {"budget": plan.budget, "bits": plan.bits, "bytes": plan.bytes, "damage": plan.damage, "groups": groups}
-
-
-class Meter:
-    """Measures a model as it stands on held-out texts; the first measurement is what others are compared with."""
-
-    def __init__(self, decoder: Decoder, held: Sequence[Item]) -> None:
-        self.decoder = decoder
-        self.items = shortened(held)[:TEXTS]
-        self.texts, self.tokens = len(self.items), 0
-        self._reference: list[torch.Tensor] | None = None
-
-    @torch.no_grad()
-    def measure(self) -> dict[str, Any]:
-        """nll: nats per token of all text. answers: of the answers alone. exact: share of answers that greedy decoding
-        gives. divergence: KL from the first measured model, nats per token."""
-        losses = tokens = answered = answer_losses = exact = divergence = compared = 0.0
-        first, kept = self._reference is None, self._reference or []
-        room = REFERENCE
-        for number, (_, batch) in enumerate(batches(self.items, tokens=batch_tokens(self.decoder))):
-            logits, following, follows = predictions(self.decoder, batch)
-            loss = functional.cross_entropy(logits, following, reduction="none") * follows
-            losses, tokens = losses + float(loss.sum()), tokens + float(follows.sum())
-            rows = len(batch.ids)
-            answers = batch.answer_mask & batch.valid[:, batch.prompt - 1 : -1]
-            wanted = loss.view(rows, -1)[:, batch.prompt - 1 :]
-            answer_losses, answered = answer_losses + float((wanted * answers).sum()), answered + float(answers.sum())
-            hits = logits.argmax(-1).view(rows, -1)[:, batch.prompt - 1 :] == batch.labels
-            exact += float((hits | ~answers).all(1).sum())
-            logs = logits.log_softmax(-1)[follows]
-            if first and logs.numel() <= room:
-                kept.append(logs)
-                room -= logs.numel()
-            elif not first and number < len(kept):
-                divergence += float(functional.kl_div(logs, kept[number], reduction="sum", log_target=True))
-                compared += len(logs)
-            elif first:
-                room = 0
-        self._reference, self.tokens = kept, int(tokens)
-        return {
-            "nll": losses / max(tokens, 1),
-            "answers": answer_losses / answered if answered else None,
-            "exact": exact / max(len(self.items), 1) if answered else None,
-            "divergence": divergence / compared if compared else 0.0,
-        }
-
-
-@contextmanager
-def replaced(decoder: Decoder, known: Mapping[str, Weight], codes: Mapping[str, Quantized]) -> Iterator[None]:
-    """The model with dequantized weights in place of its own."""
-    before = {name: known[name].matrix.copy() for name in codes}
-    try:
-        for name, found in codes.items():
-            known[name].matrix[...] = found.dequantize()
-        yield
-    finally:
-        for name, original in before.items():
-            known[name].matrix[...] = original
-
-
-def quantize_in_place(decoder: Decoder, codes: Mapping[str, Quantized]) -> None:
-    """Give a model dequantized weights for good: the reference that a quantized graph is checked against."""
-    known = weights(decoder)
-    for name, found in codes.items():
-        known[name].matrix[...] = found.dequantize()

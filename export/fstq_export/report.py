@@ -15,7 +15,15 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from fstq_export.plots import METRICS, best_baseline, curves, difference_plot, formats_plot, quality_plot, sensitivity_plot
+from fstq_export.plots import (
+    METRICS,
+    best_baseline,
+    curves,
+    difference_plot,
+    formats_plot,
+    quality_plot,
+    sensitivity_plot,
+)
 from fstq_export.wording import percent, seconds, size, typeset, visible
 from fstq_infer.errors import ExportError
 from fstq_infer.fisher.scores import TARGETS

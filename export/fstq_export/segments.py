@@ -139,6 +139,7 @@ def _session(folder: Path, model: ir.Model, segment: Segment) -> ort.InferenceSe
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # see runtime/ort.py
     # The piece is written beside the weights, because external data is looked up next to the graph that names it.
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".segment-", suffix=".onnx") as file:
         ir.save(ir.Model(piece, ir_version=model.ir_version), file.name)

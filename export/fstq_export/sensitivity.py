@@ -28,9 +28,9 @@ from fstq_infer.quant.formats import Format
 
 WINDOW = 512  # last tokens of a text that are read
 LOGITS = 1 << 26  # in memory at once
-SAMPLED = 1 << 28  # numbers kept on disk, 4 bytes each, over all matrices
-FEWEST, MOST = 256, 8192  # sampled tokens
-LARGEST = 1 << 25  # numbers kept of one matrix
+SAMPLED = 1 << 27  # numbers kept on disk, 4 bytes each, over all matrices
+FEWEST, MOST = 256, 32768  # sampled tokens
+LARGEST = 1 << 26  # numbers kept of one matrix
 CHUNK = 1 << 24  # output errors in memory at once
 HELD = 4  # every so many-th sample measures damage, the others fit scales and codes
 COUNTS = 255  # steps of a dynamic int8 input
@@ -48,7 +48,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A weight matrix by the name of the first module that owns it, and all its sites: two where head and embedding tie."""
+    """A weight matrix by the name of its first owner, and all its sites: two where head and embedding tie."""
 
     name: str
     sites: tuple[Site, ...]
@@ -62,7 +62,7 @@ class Weight:
 def matrix(module: nn.Module) -> Matrix:
     """A module's weight as (outputs, inputs); a view."""
     found = module.weight
-    weight: Matrix = found.detach().numpy()  # type: ignore[union-attr, operator]
+    weight: Matrix = found.detach().numpy()  # type: ignore[operator]
     return weight.T if isinstance(module, Conv1D) else weight
 
 
@@ -162,7 +162,7 @@ class Collector:
             def keep(gradient: torch.Tensor) -> None:
                 self._files[site.name][1][start : start + count] = gradient[chosen][:count].numpy()
 
-            output.register_hook(keep)
+            output.register_hook(keep)  # type: ignore[no-untyped-call]
             self._filled[site.name] = start + count
 
         return hook
@@ -269,7 +269,7 @@ class Damage:
         held = slice(0, None, HELD) if len(samples.gradients) > HELD else slice(None)
         inputs, gradients = samples.inputs[held], samples.gradients[held]
         total = 0.0
-        for part in _parts(len(gradients), gradients.shape[1]):
+        for part in _parts(len(gradients), len(error[0]) if site.lookup else len(error)):
             if site.lookup:
                 off = error[inputs[part]] * np.float32(site.scale)
             else:

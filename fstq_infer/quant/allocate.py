@@ -19,7 +19,7 @@ SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One format for one group. damage: predicted rise of the loss. cost: what the budget is counted in, bytes mostly."""
+    """One format for one group. damage: predicted rise of the loss. cost: what the budget counts, bytes mostly."""
 
     format: str
     damage: float
@@ -79,9 +79,7 @@ def _undominated(choices: Sequence[Choice]) -> list[Choice]:
     return found
 
 
-def _fitting(
-    options: Mapping[str, Sequence[Choice]], chosen: dict[str, Choice], budget: float
-) -> dict[str, Choice]:
+def _fitting(options: Mapping[str, Sequence[Choice]], chosen: dict[str, Choice], budget: float) -> dict[str, Choice]:
     """The solver keeps constraints up to a tolerance; the budget is a promise: groups step down until it holds."""
     chosen = dict(chosen)
     while sum(choice.cost for choice in chosen.values()) > budget:

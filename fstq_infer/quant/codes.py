@@ -41,7 +41,9 @@ class Quantized:
             if self.format.name == "bf16":
                 return (self.codes.astype(np.uint32) << 16).view(np.float32)
             return self.codes.astype(np.float32)
-        return np.asarray(self.codes * _spread(self.scales, self.format, self.codes.shape[1]), np.float32)
+        return np.asarray(
+            self.codes.astype(np.float32) * _spread(self.scales, self.format, self.codes.shape[1]), np.float32
+        )
 
     def rows(self, indices: NDArray[np.int64]) -> Quantized:
         """The matrix of some of its rows, in that order."""
@@ -89,7 +91,7 @@ def _in_blocks(matrix: Matrix, form: Format) -> Matrix:
 
 
 def search_scales(weight: Matrix, form: Format, importance: Matrix | None = None) -> NDArray[np.float16]:
-    """(rows, blocks) scales of least weighted error, among fractions of the largest weight's, each refitted to its codes.
+    """(rows, blocks) scales of least weighted error, among fractions of the largest weight's, refitted to their codes.
 
     Without importance all weights count alike.
     """
@@ -132,7 +134,8 @@ def _half(scales: Matrix) -> NDArray[np.float16]:
 def round_to(weight: Matrix, scales: NDArray[np.float16], form: Format) -> Codes:
     """(rows, columns) nearest codes."""
     low, high = form.levels
-    return np.clip(np.rint(weight / _spread(scales, form, weight.shape[1])), low, high).astype(np.int8)
+    codes: Codes = np.clip(np.rint(weight / _spread(scales, form, weight.shape[1])), low, high).astype(np.int8)
+    return codes
 
 
 def compensated(weight: Matrix, scales: NDArray[np.float16], form: Format, moments: NDArray[np.float64]) -> Codes:

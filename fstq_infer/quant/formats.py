@@ -1,6 +1,6 @@
 """The formats a weight matrix can be stored in, and what each costs. A new format is one row here.
 
-A matrix has outputs as rows and inputs as columns; a scale belongs to a row, or to a block of neighbouring columns of it.
+A matrix has outputs as rows and inputs as columns; a scale belongs to a row, or to a block of neighbours in it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SCALE_BITS = 16
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """bits: of one code. block: columns that share a scale, 0 for a whole row; None where numbers carry their own scale.
+    """bits: of one code. block: columns that share a scale, 0 for a whole row; None for numbers that need none.
 
     activations: inputs are rounded to int8 as well, when the layer runs.
     """

@@ -5,6 +5,7 @@ Knows the file, not the model: :meth:`Plan.check` compares it with the groups th
 
 from __future__ import annotations
 
+import builtins
 import json
 import math
 import sys
@@ -92,7 +93,7 @@ class Plan:
         return "\n".join(lines) + "\n"
 
     @classmethod
-    def from_toml(cls, data: bytes, place: str = NAME) -> Plan:
+    def from_toml(cls, data: builtins.bytes, place: str = NAME) -> Plan:
         """Raises OptionError naming ``place`` and what is wrong, whatever the input."""
         top = _Table(_load(data, place), place)
         if (found := (top.value("format", str), top.value("version", int))) != (FORMAT, VERSION):

@@ -14,7 +14,8 @@ pytest.importorskip("mobius", reason="mobius-onnx is not installed; it comes wit
 
 import onnx_ir as ir
 import onnxruntime as ort
-from fstq_export import decoder, precision, reference, segments, source
+from fstq_export import decoder, reference, segments, source
+from fstq_export.meter import quantize_in_place
 from fstq_export.passes.quantize import METADATA, QuantizeWeights, fingerprints
 from fstq_export.sensitivity import weights
 
@@ -55,7 +56,7 @@ def verified(model: Path, graph: Path, made: dict[str, Quantized]) -> float:
     from fstq_export import verify
 
     with reference.reference(source.resolve(str(model)), stream=False) as frozen:
-        precision.quantize_in_place(frozen, made)
+        quantize_in_place(frozen, made)
         prompts = [families.ids(20, 1)]
         return verify.verify(graph, decoder.GRAPH, frozen, [], [], 512, 256, "float32", 0, "tiny", prompts).dense
 
