@@ -23,7 +23,7 @@ from fstq_export.demo.train import amounts
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
 
-FITTING, HELD = 192, 128  # texts
+FITTING, HELD = 256, 192  # texts
 LENGTH = 256  # tokens of a sampled story
 BITS, UNIFORM = 5.0, "uniform int4"
 
@@ -53,8 +53,10 @@ def stories(decoder: Decoder, count: int, seed: int) -> list[Item]:
 def compare(name: str, decoder: Decoder, fitting: list[Item], held: list[Item]) -> list[dict[str, Any]]:
     """Rows of the 5-bit plan and what rules make of its bytes, and of a plan within the bytes of uniform int4."""
 
+    planner = precision.Planner(decoder, precision.Precision(), "float32", 0, lambda *_: None)
+
     def run(wanted: precision.Precision) -> list[dict[str, Any]]:
-        planner = precision.Planner(decoder, wanted, "float32", 0, lambda *_: None)
+        planner.wanted = wanted
         found: list[dict[str, Any]] = planner.run(fitting, held).report["measured"]["rows"]
         return found
 

@@ -14,7 +14,7 @@ from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item, batches
 from fstq_infer.quant.codes import Quantized
 
-TEXTS = 128  # held-out texts that are measured
+TEXTS = 256  # held-out texts that are measured
 REFERENCE = 1 << 26  # log-probabilities of the model as it is that stay in memory, to measure divergence
 
 

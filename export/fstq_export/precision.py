@@ -111,9 +111,9 @@ class Planner:
         if not fitting and self.wanted.format == AUTO:
             raise OptionError("--precision auto needs calibration data, to know what each layer's errors cost: --calib")
         with tempfile.TemporaryDirectory(prefix="fstq-samples-") as folder:
-            if fitting:
+            if fitting and not self._codes:  # kept codes serve another budget as well
                 self._collect(fitting, Path(folder))
-            else:
+            elif not fitting:
                 self.groups = {joined([name]): (name,) for name in self.weights}
             if self.wanted.plan is not None:
                 known = self.groups if fitting else {n: g.weights for n, g in self.wanted.plan.groups.items()}

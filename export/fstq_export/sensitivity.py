@@ -236,9 +236,10 @@ class Damage:
         """
         if self._fit is not None:
             return self._fit
-        fisher = np.zeros(self.weight.matrix.shape, np.float32)
+        outputs, columns = self.weight.matrix.shape
+        fisher: Matrix = np.zeros((outputs, columns), np.float32)
         moments: NDArray[np.float64] | None = None
-        looked_up = np.zeros(fisher.shape[1])
+        looked_up = np.zeros(columns)
         for site, samples in self._samples:
             fitting = np.arange(len(samples.gradients)) % HELD != 0 if len(samples.gradients) > HELD else slice(None)
             inputs, squared = samples.inputs[fitting], samples.gradients[fitting] ** 2
@@ -269,7 +270,7 @@ class Damage:
         held = slice(0, None, HELD) if len(samples.gradients) > HELD else slice(None)
         inputs, gradients = samples.inputs[held], samples.gradients[held]
         total = 0.0
-        for part in _parts(len(gradients), len(error[0]) if site.lookup else len(error)):
+        for part in _parts(len(gradients), error.shape[-1] if site.lookup else len(error)):
             if site.lookup:
                 off = error[inputs[part]] * np.float32(site.scale)
             else:
