@@ -62,7 +62,8 @@ def allocate(options: Mapping[str, Sequence[Choice]], budget: float, what: str =
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(cost[None] / largest, -math.inf, budget / largest),
         ],
-        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        # Presolve would print to standard output, under whatever is printed there, when a solution just misses a bound.
+        options={"mip_rel_gap": GAP, "time_limit": SECONDS, "presolve": False},
     )
     if solved.x is None:
         raise OptionError(f"no allocation was found ({solved.message}); set another budget")
