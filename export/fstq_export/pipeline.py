@@ -78,6 +78,9 @@ class Request:
             raise OptionError(f"calib-items is {self.calib_items}; expected a number of items above 0")
         if self.max_prompt is not None and self.max_prompt < 1:
             raise OptionError(f"max-prompt is {self.max_prompt}; expected a number of tokens above 0")
+        plan = self.precision.plan
+        if self.dtype == "float16" and "fp32" in (self.precision.format, *(plan.formats.values() if plan else ())):
+            raise OptionError("weights in fp32 have no place in a float16 graph; take fp16, or --dtype float32")
 
 
 @dataclass(frozen=True, slots=True)

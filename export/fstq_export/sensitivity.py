@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from fstq_infer.errors import UnsupportedModelError
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Batch, Item, batches
 from fstq_infer.quant.codes import Matrix, Quantized, quantize
@@ -171,6 +172,11 @@ class Collector:
         """Weights that read one tensor within one module (q, k and v; gate and up), named together."""
         found: dict[tuple[int, str], list[str]] = {}
         for name, weight in self.weights.items():
+            if silent := [site.name for site in weight.sites if site.name not in self._inputs]:
+                raise UnsupportedModelError(
+                    f"{type(self.decoder.model).__name__}: {silent[0]} read no calibration text (an expert?), "
+                    "so nothing is known of its sensitivity; export this model without --precision auto"
+                )
             reads: object = self._inputs[weight.sites[0].name] if len(weight.sites) == 1 else weight
             found.setdefault((id(reads), name.rpartition(".")[0]), []).append(name)
         return {joined(names): tuple(names) for names in found.values()}

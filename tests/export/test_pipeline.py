@@ -169,6 +169,8 @@ def test_options_and_data_errors(llama: Path, calib: Path, tmp_path: Path) -> No
     for recipe in ({"keep": 0.0}, {"max_quality_drop": -1}, {"score": "magic"}, {"window": 0}):
         with pytest.raises(OptionError):
             Recipe(**recipe)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="float16 graph"):
+        Request("m", tmp_path / "b", dtype="float16", precision=Precision("fp32"))
     with pytest.raises(OptionError, match="float32"):
         Request("m", tmp_path / "b", dtype="int3")
 
