@@ -32,6 +32,7 @@ test-all: lint
 bench: $(STAMP)
 	$(BIN)/python bench/quality.py
 	$(BIN)/python bench/pruning.py
+	$(BIN)/python bench/precision.py
 
 # The README's pictures: of bench/results/quality.json, and of a prompt in a calibrated bundle.
 plots: $(STAMP)

@@ -118,6 +118,17 @@ def export(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Formats of the weights: auto (least predicted damage within --bits or --bytes; needs --calib), fp32, "
+            "fp16, bf16, int8, int8-dynamic, int4, int4-64, int4-128, or a plan's file, PLAN.toml; default: as --dtype."
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Budget of --precision auto: bits per weight, scales counted; default: 5.")
+    ] = None,
+    bytes: Annotated[int | None, typer.Option(help="Budget of --precision auto: bytes of all weights.")] = None,
     score: Annotated[
         str, typer.Option(help="Sensitivity that the probe learns: gate, embedding, or auto: what measures best.")
     ] = "auto",
@@ -149,6 +160,9 @@ def export(
         revision=revision,
         force=force,
         json=json,
+        precision=precision,
+        bits=bits,
+        bytes=bytes,
     )
 
 

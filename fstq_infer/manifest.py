@@ -20,6 +20,7 @@ FILE_CAPS: Mapping[str, int] = {  # name -> largest size in bytes
     "model.onnx.data": 64 << 30,
     "tokenizer.json": 64 << 20,
     "chat_template.jinja": 256 << 10,
+    "plan.toml": 4 << 20,
     "report.json": 16 << 20,
     "report.html": 16 << 20,
 }

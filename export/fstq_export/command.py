@@ -13,8 +13,9 @@ from rich.progress import Progress as Bars
 
 from fstq_export.pipeline import Done, Request
 from fstq_export.pipeline import export as run_export
+from fstq_export.precision import Precision
 from fstq_export.recipe import Recipe
-from fstq_export.report import verdict
+from fstq_export.report import precision_verdict, verdict
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -58,10 +59,14 @@ def export(
     revision: str | None,
     force: bool,
     json: bool,
+    precision: str | None,
+    bits: float | None,
+    bytes: int | None,
 ) -> None:
     """``fstq export``."""
     recipe = Recipe(prune_layer, keep, max_quality_drop, score, sink, window, seed)
-    request = Request(model, out, recipe, calib, calib_items, max_prompt, dtype, force, revision)
+    formats = Precision.parse(precision, bits, bytes)
+    request = Request(model, out, recipe, calib, calib_items, max_prompt, dtype, force, revision, formats)
     with bars() as progress:
         done = run_export(request, progress)
     show(done, json)
@@ -80,6 +85,8 @@ def show(done: Done, json: bool) -> None:
         )
         return
     out.print(verdict(done.report))
+    if done.report["precision"] is not None:
+        out.print(precision_verdict(done.report["precision"]))
     checked = done.report["verification"]
     pruned = checked["pruned"]
     agrees = f"; pruned within {pruned['logits']:.1e}" if pruned else ""

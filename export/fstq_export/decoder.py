@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,11 +13,13 @@ from mobius import build as mobius_build
 from fstq_export.passes.last_token import LastTokenLogits
 from fstq_export.passes.positions import KeyPositions
 from fstq_export.passes.pruning import PruneStage, TokenPruning
+from fstq_export.passes.quantize import Prints, QuantizeWeights
 from fstq_export.passes.rotary import RotaryTables
 from fstq_export.passes.tied_head import TiedHead
 from fstq_export.reference import rotary_module
 from fstq_export.source import Source
 from fstq_infer.errors import ExportError, FstqError, UnsupportedModelError
+from fstq_infer.quant.codes import Quantized
 
 OPSET, IR_VERSION = 23, 10
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
@@ -25,8 +27,17 @@ DTYPES = {"float32": "f32", "float16": "f16"}  # ONNX Runtime cannot check bfloa
 _log = logging.getLogger(__name__)
 
 
-def build_graph(source: Source, dtype: str, stages: Sequence[PruneStage]) -> ir.Model:
-    """The whole graph of docs/bundle-format.md. Raises UnsupportedModelError naming architecture and reason."""
+def build_graph(
+    source: Source,
+    dtype: str,
+    stages: Sequence[PruneStage],
+    weights: Mapping[str, Quantized] | None = None,
+    prints: Mapping[str, Prints] | None = None,
+) -> ir.Model:
+    """The whole graph of docs/bundle-format.md. Raises UnsupportedModelError naming architecture and reason.
+
+    weights: codes by name, of weights that are to be stored in a format; prints: see :class:`QuantizeWeights`.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -57,6 +68,7 @@ def build_graph(source: Source, dtype: str, stages: Sequence[PruneStage]) -> ir.
         TokenPruning(stages, source.windows),
         LastTokenLogits(),
         TiedHead(tied),
+        *([QuantizeWeights(weights, prints or {})] if weights else []),
     )
     for step in passes:
         try:

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fstq_export import data, decoder, report, source, timing, verify
+from fstq_export import data, decoder, precision, report, source, timing, verify
 from fstq_export.calibrate import SHOWN, Calibration, Calibrator
 from fstq_export.continuation import with_continuations
+from fstq_export.meter import quantize_in_place
 from fstq_export.passes.pruning import PruneStage
+from fstq_export.precision import Precision
 from fstq_export.recipe import Recipe
 from fstq_export.reference import parameter_count, reference
 from fstq_export.source import Source
@@ -28,6 +30,7 @@ from fstq_infer.errors import ExportError, OptionError
 from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.probe import QUERIES, Probe
 from fstq_infer.machine import peak_rss
+from fstq_infer.quant import plan as plans
 from fstq_infer.runtime.chat import ChatTemplate
 from fstq_infer.runtime.engine import Stage
 from fstq_infer.runtime.text import TextStream, Tokenizer
@@ -52,7 +55,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to export. calib: calibration file; of it at most calib_items prompts of at most max_prompt tokens."""
+    """What to export. calib: calibration file; of it at most calib_items prompts of at most max_prompt tokens.
+
+    dtype: of computation, and of weights that precision gives no format.
+    """
 
     model: str
     out: Path
@@ -63,6 +69,7 @@ class Request:
     dtype: str = "float32"
     overwrite: bool = False
     revision: str | None = None
+    precision: Precision = field(default_factory=Precision)
 
     def __post_init__(self) -> None:
         if self.dtype not in decoder.DTYPES:
@@ -71,6 +78,9 @@ class Request:
             raise OptionError(f"calib-items is {self.calib_items}; expected a number of items above 0")
         if self.max_prompt is not None and self.max_prompt < 1:
             raise OptionError(f"max-prompt is {self.max_prompt}; expected a number of tokens above 0")
+        plan = self.precision.plan
+        if self.dtype == "float16" and "fp32" in (self.precision.format, *(plan.formats.values() if plan else ())):
+            raise OptionError("weights in fp32 have no place in a float16 graph; take fp16, or --dtype float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +100,8 @@ class Export:
         self.request, self.progress = request, progress
         self.steps: dict[str, float] = {}
         self.parameters = 0  # known once the model's configuration is read
+        self.training: list[Item] = []  # what calibration learnt from
+        self.quantized: precision.Result | None = None
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
@@ -117,8 +129,12 @@ class Export:
                 with self._step("calibrate"):
                     calibration, held, left_out = self._calibrate(model, tokens, examples)
             stages = self._stages(model, calibration)
+            if request.precision.wanted:
+                with self._step("give formats"):
+                    self._quantize(model, held, writer.path)
             with self._step("build graph"):
-                graph = decoder.build_graph(model, request.dtype, stages)
+                codes = (self.quantized.weights, self.quantized.prints) if self.quantized else ()
+                graph = decoder.build_graph(model, request.dtype, stages, *codes)
                 nodes = len(graph.graph)
             with self._step("write weights"):
                 decoder.save(graph, writer.path)
@@ -170,7 +186,16 @@ class Export:
                     frozen, fitting, CONTINUATION, limit, lambda n: self.progress("continue plain texts", n, total)
                 )
             calibrator = Calibrator(frozen, fitting, request.recipe, self.progress)
+            self.training = calibrator.training
             return calibrator.run(), calibrator.held, left_out
+
+    def _quantize(self, model: Source, held: Sequence[Item], folder: Path) -> None:
+        """Give every weight a format, and write the plan."""
+        request = self.request
+        with reference(model, stream=False) as frozen:
+            planner = precision.Planner(frozen, request.precision, request.dtype, request.recipe.seed, self.progress)
+            self.quantized = planner.run(self.training, held)
+        (folder / plans.NAME).write_text(self.quantized.plan.to_toml(), encoding="utf-8")
 
     def _stages(self, model: Source, calibration: Calibration | None) -> list[PruneStage]:
         """The stages to build: none (a dense bundle) where nothing met the contract and no layer or keep was named."""
@@ -203,7 +228,9 @@ class Export:
     ) -> verify.Verification:
         config = model.config
         probes = [None if s.probe is None else Probe.from_arrays(s.probe, s.queries, s.stage.window) for s in stages]
-        with reference(model) as frozen:
+        with reference(model, stream=False if self.quantized else None) as frozen:
+            if self.quantized:
+                quantize_in_place(frozen, self.quantized.weights)
             return verify.verify(
                 folder,
                 decoder.GRAPH,
@@ -255,6 +282,7 @@ class Export:
                 "dtype": self.request.dtype,
             },
             "calibration": measured,
+            "precision": self.quantized.report if self.quantized else None,
             "verification": checked.to_json(),
             "graph": {
                 "stages": [{"layer": s.stage.layer, "sink": s.stage.sink, "window": s.stage.window} for s in stages],

@@ -165,6 +165,43 @@ def sensitivity_plot(shares: Sequence[float], prune_layers: Sequence[int]) -> st
 
 
 @_styled
+def formats_plot(groups: Sequence[Mapping[str, Any]]) -> str:
+    """SVG of the bits per weight of each group of weights, a bar each in the model's order, coloured by format.
+
+    groups: name, format, bits. Bars of one decoder layer stand together, named by its number.
+    """
+    figure, (axes,) = _axes(7.2, 2.8, top=0.35)
+    layers = [next((part for part in group["name"].split(".") if part.isdigit()), None) for group in groups]
+    places: list[float] = []
+    ticks: dict[str, list[float]] = {}
+    for number, (group, layer) in enumerate(zip(groups, layers, strict=True)):
+        gap = 0.0 if number == 0 else 1.0 if layer is not None and layer == layers[number - 1] else 1.8
+        places.append(places[-1] + gap if places else 0.0)
+        name = layer if layer is not None else visible(group["name"].rpartition(".")[2])
+        ticks.setdefault(name, []).append(places[-1])
+    colours = {"int4": PROBE, "int8": BEST}
+    for kind in dict.fromkeys(group["format"] for group in groups):
+        mine = [number for number, group in enumerate(groups) if group["format"] == kind]
+        axes.bar(
+            [places[n] for n in mine],
+            [groups[n]["bits"] for n in mine],
+            0.86,
+            color=colours.get(kind.partition("-")[0], REFERENCE),
+            alpha={"int4-64": 0.7, "int4-128": 0.45, "int8-dynamic": 0.6}.get(kind, 1.0),
+            linewidth=0,
+            label=kind,
+        )
+    shown = list(ticks.items())[:: max(1, len(ticks) // 24)]
+    axes.set_xticks([sum(at) / len(at) for _, at in shown], [name for name, _ in shown])
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-1, (places[-1] if places else 0) + 1)
+    axes.set_xlabel("embedding, decoder layers, head: groups of weights in the model's order")
+    axes.set_ylabel("bits per weight")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, frameon=False, handlelength=1, borderaxespad=0)
+    return _svg(figure, "formats", "bits per weight of each group of weights")
+
+
+@_styled
 def difference_plot(by_layer: Sequence[float], tolerance: float) -> str:
     """SVG of the largest difference to the reference after each decoder layer, on a log axis that ends at a floor."""
     figure, (axes,) = _axes(7.2, 2.3)

@@ -15,7 +15,15 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from fstq_export.plots import METRICS, best_baseline, curves, difference_plot, quality_plot, sensitivity_plot
+from fstq_export.plots import (
+    METRICS,
+    best_baseline,
+    curves,
+    difference_plot,
+    formats_plot,
+    quality_plot,
+    sensitivity_plot,
+)
 from fstq_export.wording import percent, seconds, size, typeset, visible
 from fstq_infer.errors import ExportError
 from fstq_infer.fisher.scores import TARGETS
@@ -63,9 +71,13 @@ def render(report: dict[str, Any]) -> str:
         layers = [stage["layer"] for stage in report["graph"]["stages"]]
         plots["quality"] = quality_plot(calibration)
         plots["sensitivity"] = sensitivity_plot(calibration["sensitivity_by_layer"], layers)
+    precision = report.get("precision")
+    if precision is not None:
+        plots["formats"] = formats_plot(precision["plan"]["groups"])
     return environment.get_template("report.html.jinja").render(
-        report,
+        report | {"precision": precision},
         verdict=verdict(report),
+        formats=precision_verdict(precision) if precision is not None else None,
         metric=METRICS[calibration["metric"]] if calibration else None,
         best=best_baseline(curves(calibration), calibration["metric"] == "exact match") if calibration else None,
         references=[name for name in TARGETS if calibration and name in calibration["curves"]],
@@ -122,6 +134,20 @@ def verdict(report: dict[str, Any]) -> str:
         f"Keeping {setting(chosen)} {cost(chosen['drop'])} {items} "
         f"(95 % interval {low.removesuffix(' %')} to {high}): {end}."
     )
+
+
+def precision_verdict(precision: dict[str, Any]) -> str:
+    """What the formats of the weights cost, in one sentence of plain text."""
+    plan = precision["plan"]
+    stored = f"Weights take {plan['bits']:.2f} bits each, scales counted ({size(plan['bytes'])})"
+    if precision["measured"] is None:
+        return f"{stored}; without calibration data nothing is known of what that costs."
+    rows = {row["name"]: row for row in precision["measured"]["rows"]}
+    own = rows["plan"]["drop"]
+    cost = f"raises the negative log-likelihood by {percent(own)}" if own > 0 else "does not raise the loss"
+    others = [f"{name} by {percent(row['drop'])}" for name, row in rows.items() if name not in ("plan", "unquantized")]
+    beside = f"; within the same bytes {', '.join(others)}" if others else ""
+    return f"{stored}, which {cost} on {precision['measured']['texts']:,} held-out texts{beside}."
 
 
 def time_bars(timing: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from fstq_export.passes.scope import OURS, attention_nodes, layer_of
 
 Array = NDArray[np.generic]
 HEAD, TAIL = "embedding", "head"
+UNPACKING = ("Cast", "DequantizeLinear", "Transpose")
 
 
 class SegmentError(RuntimeError):
@@ -54,6 +55,11 @@ def split(graph: ir.Graph) -> list[Segment]:
         else:
             parents = (labels.get(p, HEAD) for v in node.inputs if v is not None and (p := v.producer()) is not None)
             labels[node] = HEAD if all(parent == HEAD for parent in parents) else TAIL
+    for node in reversed(list(labels)):  # what only unpacks a weight belongs to the piece that reads it
+        fed = [v.producer() for v in node.inputs if v is not None and not v.is_initializer()]
+        if node.op_type in UNPACKING and all(parent is not None and parent.op_type in UNPACKING for parent in fed):
+            readers = {labels[use.node] for value in node.outputs for use in value.uses()}
+            labels[node] = readers.pop() if len(readers) == 1 else labels[node]
     order = list(dict.fromkeys([HEAD, *labels.values()]))
     order = [label for label in order if label != TAIL] + [TAIL]
     outputs = set(graph.outputs)
@@ -133,6 +139,7 @@ def _session(folder: Path, model: ir.Model, segment: Segment) -> ort.InferenceSe
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # see runtime/ort.py
     # The piece is written beside the weights, because external data is looked up next to the graph that names it.
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".segment-", suffix=".onnx") as file:
         ir.save(ir.Model(piece, ir_version=model.ir_version), file.name)

@@ -177,6 +177,8 @@ def session_options(threads: int | None) -> Any:
     options = import_onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads or physical_cores()
     options.log_severity_level = ERRORS_ONLY
+    # Weights in few bits are fused with their MatMul; the default level 4 would round the activations to int8 as well.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return options
 
 

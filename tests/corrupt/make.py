@@ -18,6 +18,7 @@ CONTENT = {
     "model.onnx.data": bytes(range(64)),
     "tokenizer.json": b'{"version": "1.0"}\n',
     "chat_template.jinja": b"{{ messages[0].content }}\n",
+    "plan.toml": b'format = "fstq-plan"\nversion = 1\n',
     "report.json": b'{"rows": []}\n',
     "report.html": b"<!doctype html><title>report</title>\n",
 }

@@ -26,6 +26,7 @@ from fstq_export.contract import (
     split,
 )
 from fstq_export.pipeline import Request, export
+from fstq_export.precision import Precision
 from fstq_export.recipe import Recipe
 
 from fstq_infer import Generator
@@ -135,6 +136,30 @@ def test_two_stages_are_calibrated_one_after_the_other(
     assert len(dense.kept) == 100
 
 
+def test_mixed_precision_from_plan_to_text(llama: Path, calib: Path, tmp_path: Path, engine_cache: Path) -> None:
+    """Calibrate, allocate, quantize, verify, commit, build an engine and generate; then follow the plan once more."""
+    from fstq_infer.quant.plan import Plan
+    from fstq_infer.runtime.generate import Generator
+
+    recipe = Recipe(prune_layer=1, keep=0.5)
+    wanted = Precision.parse("auto", 6.0, None)
+    done = export(Request(str(llama), tmp_path / "b", recipe, calib, precision=wanted))
+    bundle = Bundle.open(tmp_path / "b")
+    plan = Plan.from_toml(bundle.file("plan.toml").read_bytes())
+    assert plan.bits <= 6.0 and len(set(plan.formats.values())) > 1
+    assert done.report["verification"]["dense"]["logits"] < 1e-3
+    assert done.report["verification"]["pruned"]["kept_equal"]
+    assert done.report["precision"]["plan"]["bytes"] == plan.bytes
+    probe = 4 * 60_000  # bytes, which stays as it is
+    assert plan.bytes < bundle.manifest.files["model.onnx.data"].bytes < plan.bytes + probe
+    assert "Bits per weight" in (tmp_path / "b" / "report.html").read_text()
+    result = Generator.load(tmp_path / "b", threads=1).generate("the cat sat on a mat", max_tokens=4)
+    assert len(result.tokens) >= 1
+    again = Precision.parse(str(tmp_path / "b" / "plan.toml"), None, None)
+    export(Request(str(llama), tmp_path / "c", precision=again))
+    assert Plan.from_toml((tmp_path / "c" / "plan.toml").read_bytes()).formats == plan.formats
+
+
 def test_the_same_seed_gives_the_same_probe(llama: Path, calib: Path, tmp_path: Path) -> None:
     files = []
     for name in ("a", "b"):
@@ -175,6 +200,8 @@ def test_options_and_data_errors(llama: Path, calib: Path, tmp_path: Path) -> No
         with pytest.raises(kind, match=words):
             export(request)
     assert not (tmp_path / "b").exists()
+    with pytest.raises(OptionError, match="float16 graph"):
+        Request("m", tmp_path / "b", dtype="float16", precision=Precision("fp32"))
     with pytest.raises(OptionError, match="float32"):
         Request("m", tmp_path / "b", dtype="int3")
 

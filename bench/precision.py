@@ -1,0 +1,107 @@
+"""What 5.0 bits per weight cost: the plan beside uniform int4, a last-layer rule and Fisher trace at equal bytes.
+
+python bench/precision.py      about a minute on a quiet core; writes results/precision.json
+
+On the demo model (questions over contexts whose names calibration never saw) and on stories260k (its own samples, so
+that the unquantized model is the best there is and any change costs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import shared, target, write
+from fstq_export import data, precision, reference, source
+from fstq_export.demo import facts
+from fstq_export.demo.run import LENGTHS, MODEL
+from fstq_export.demo.train import amounts
+
+from fstq_infer.fisher.hooks import Decoder
+from fstq_infer.fisher.items import Item
+
+FITTING, HELD = 256, 192  # texts
+LENGTH = 256  # tokens of a sampled story
+BITS, UNIFORM = 5.0, "uniform int4"
+
+
+def questions(tokenizer: Any, split: str, count: int, seed: int) -> list[Item]:
+    """Generated questions, as the demo asks them."""
+    rng = random.Random(seed)
+    made = (facts.item(rng, split, *amounts(rng.randint(*LENGTHS))) for _ in range(count))
+    return [data.encode(tokenizer, data.Example(f"{i.context} {i.question}", i.answer)) for i in made]
+
+
+@torch.no_grad()
+def stories(decoder: Decoder, count: int, seed: int) -> list[Item]:
+    """Texts that the model writes itself at temperature 1."""
+    generator = torch.Generator().manual_seed(seed)
+    config: Any = decoder.model.config
+    ids = current = torch.full((count, 1), config.bos_token_id)
+    cache = None
+    while ids.shape[1] < LENGTH:
+        output = decoder.model(input_ids=current, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        current = torch.multinomial(output.logits[:, -1].softmax(-1), 1, generator=generator)
+        ids = torch.cat([ids, current], 1)
+    return [Item(tuple(row), ()) for row in ids.tolist()]
+
+
+def compare(name: str, decoder: Decoder, fitting: list[Item], held: list[Item]) -> list[dict[str, Any]]:
+    """Rows of the 5-bit plan and what rules make of its bytes, and of a plan within the bytes of uniform int4."""
+
+    planner = precision.Planner(decoder, precision.Precision(), "float32", 0, lambda *_: None)
+
+    def run(wanted: precision.Precision) -> list[dict[str, Any]]:
+        planner.wanted = wanted
+        found: list[dict[str, Any]] = planner.run(fitting, held).report["measured"]["rows"]
+        return found
+
+    rows = run(precision.Precision("auto", bits=BITS))
+    uniform = next(row for row in rows if row["name"] == UNIFORM)
+    within = next(row for row in run(precision.Precision("auto", bytes=uniform["bytes"])) if row["name"] == "plan")
+    rows = [{"model": name, **row} for row in (*rows, within | {"name": "plan, bytes of uniform int4"})]
+    for row in rows:
+        print(
+            f"{name:12} {row['name']:28} {row['bits']:5.2f} bits  NLL {row['nll']:.4f} ({row['drop']:+.2%})  "
+            f"divergence {row['divergence']:.5f}, predicted {row['damage']:.5f}"
+        )
+    return rows
+
+
+def targets(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the rows of one model are held to."""
+    by_name = {row["name"]: row for row in rows}
+    name, plan, within = rows[0]["model"], by_name["plan"], by_name["plan, bytes of uniform int4"]
+    found = {f"{name}: NLL at {BITS} bits, rise over fp32": target(plan["drop"], 0.01, at_least=False)}
+    for rule, ours in ((UNIFORM, plan), (UNIFORM, within), ("last layers", plan), ("Fisher trace", plan)):
+        beside = f"{name}: {ours['name']} over {rule}"
+        for key in ("nll", "divergence"):
+            found[f"{beside}, {key}"] = target(ours[key] / by_name[rule][key], 1.0, at_least=False)
+    return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.parse_args()
+    rows: list[dict[str, Any]] = []
+    wanted: dict[str, dict[str, Any]] = {}
+    for name, folder in (("demo", MODEL), ("stories260k", shared("models/stories260k"))):
+        found = source.resolve(str(Path(folder)))
+        with reference.reference(found, stream=False) as decoder:
+            if name == "demo":
+                tokenizer = source.tokenizer(found)
+                fitting, held = questions(tokenizer, "valid", FITTING, 1), questions(tokenizer, "test", HELD, 2)
+            else:
+                fitting, held = stories(decoder, FITTING, 1), stories(decoder, HELD, 2)
+            measured = compare(name, decoder, fitting, held)
+        rows += measured
+        wanted |= targets(measured)
+    write("precision", "python bench/precision.py", rows, wanted)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What a model with other weights loses on held-out texts: loss, answers, divergence; and how it gets such weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from fstq_export.sensitivity import Weight, batch_tokens, predictions, shortened, weights
+from fstq_infer.fisher.hooks import Decoder
+from fstq_infer.fisher.items import Item, batches
+from fstq_infer.quant.codes import Quantized
+
+TEXTS = 256  # held-out texts that are measured
+REFERENCE = 1 << 26  # log-probabilities of the model as it is that stay in memory, to measure divergence
+
+
+class Meter:
+    """Measures a model as it stands on held-out texts; the first measurement is what others are compared with."""
+
+    def __init__(self, decoder: Decoder, held: Sequence[Item]) -> None:
+        self.decoder = decoder
+        self.items = shortened(held)[:TEXTS]
+        self.texts, self.tokens = len(self.items), 0
+        self._reference: list[torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Any]:
+        """nll: nats per token of all text. answers: of the answers alone. exact: share of answers that greedy decoding
+        gives. divergence: KL from the first measured model, nats per token."""
+        losses = tokens = answered = answer_losses = exact = divergence = compared = 0.0
+        first, kept = self._reference is None, self._reference or []
+        room = REFERENCE
+        for number, (_, batch) in enumerate(batches(self.items, tokens=batch_tokens(self.decoder))):
+            logits, following, follows = predictions(self.decoder, batch)
+            loss = functional.cross_entropy(logits, following, reduction="none") * follows
+            losses, tokens = losses + float(loss.sum()), tokens + float(follows.sum())
+            rows = len(batch.ids)
+            answers = batch.answer_mask & batch.valid[:, batch.prompt - 1 : -1]
+            wanted = loss.view(rows, -1)[:, batch.prompt - 1 :]
+            answer_losses, answered = answer_losses + float((wanted * answers).sum()), answered + float(answers.sum())
+            hits = logits.argmax(-1).view(rows, -1)[:, batch.prompt - 1 :] == batch.labels
+            exact += float((hits | ~answers).all(1).sum())
+            logs = logits.log_softmax(-1)[follows]
+            if first and logs.numel() <= room:
+                kept.append(logs)
+                room -= logs.numel()
+            elif not first and number < len(kept):
+                divergence += float(functional.kl_div(logs, kept[number], reduction="sum", log_target=True))
+                compared += len(logs)
+            elif first:
+                room = 0
+        self._reference, self.tokens = kept, int(tokens)
+        return {
+            "nll": losses / max(tokens, 1),
+            "answers": answer_losses / answered if answered else None,
+            "exact": exact / max(len(self.items), 1) if answered else None,
+            "divergence": divergence / compared if compared else 0.0,
+        }
+
+
+@contextmanager
+def replaced(decoder: Decoder, known: Mapping[str, Weight], codes: Mapping[str, Quantized]) -> Iterator[None]:
+    """The model with dequantized weights in place of its own."""
+    before = {name: known[name].matrix.copy() for name in codes}
+    try:
+        for name, found in codes.items():
+            known[name].matrix[...] = found.dequantize()
+        yield
+    finally:
+        for name, original in before.items():
+            known[name].matrix[...] = original
+
+
+def quantize_in_place(decoder: Decoder, codes: Mapping[str, Quantized]) -> None:
+    """Give a model dequantized weights for good: the reference that a quantized graph is checked against."""
+    known = weights(decoder)
+    for name, found in codes.items():
+        known[name].matrix[...] = found.dequantize()

@@ -1,0 +1,168 @@
+"""Weights to codes and back. Matrices are (outputs, inputs); scales are half precision and belong to a block of a row.
+
+Scales are searched to minimise an importance-weighted error, and rounding can pass each column's error on to columns
+that were not rounded yet, as far as the inputs' second moments say that they can make up for it (optimal brain
+surgeon; the column order of GPTQ, arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fstq_infer.quant.formats import Format
+
+Matrix = NDArray[np.float32]
+Codes = NDArray[np.int8]
+RATIOS = np.linspace(1.15, 0.55, 19, dtype=np.float32)  # of the scale that just reaches the largest weight of a block
+ROWS_AT_ONCE = 1 << 22  # weights whose scales are searched at a time
+LAZY = 64  # columns between two updates of all later ones
+DAMPING = 0.01  # of the mean second moment, added to each
+SMALLEST = np.float16(2.0**-24)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A matrix in a format.
+
+    codes: (rows, columns) int8 in the format's levels; for fp32 and fp16 the numbers, for bf16 their upper 16 bits.
+    scales: (rows, blocks) half precision, None for formats without.
+    """
+
+    format: Format
+    codes: NDArray[np.generic]
+    scales: NDArray[np.float16] | None = None
+
+    def dequantize(self) -> Matrix:
+        """(rows, columns) as a runtime computes with."""
+        if self.scales is None:
+            if self.format.name == "bf16":
+                return (self.codes.astype(np.uint32) << 16).view(np.float32)
+            return self.codes.astype(np.float32)
+        return np.asarray(
+            self.codes.astype(np.float32) * _spread(self.scales, self.format, self.codes.shape[1]), np.float32
+        )
+
+    def rows(self, indices: NDArray[np.int64]) -> Quantized:
+        """The matrix of some of its rows, in that order."""
+        scales = None if self.scales is None else self.scales[indices]
+        return Quantized(self.format, self.codes[indices], scales)
+
+
+def quantize(
+    weight: Matrix, form: Format, importance: Matrix | None = None, moments: NDArray[np.float64] | None = None
+) -> Quantized:
+    """weight: (rows, columns). importance: the same shape, or (columns,): what an error of each weight costs, squared.
+
+    moments: (columns, columns) second moments of the inputs; with them, rounding errors make up for each other.
+    """
+    if not form.is_integer:
+        return Quantized(form, _narrow(weight, form))
+    scales = search_scales(weight, form, importance)
+    if moments is None:
+        return Quantized(form, round_to(weight, scales, form), scales)
+    return Quantized(form, compensated(weight, scales, form, moments), scales)
+
+
+def _narrow(weight: Matrix, form: Format) -> NDArray[np.generic]:
+    """Numbers of a floating-point format; bf16 rounds to nearest even, halves stop at their largest number."""
+    if form.name == "fp32":
+        return weight.astype(np.float32)
+    if form.name == "fp16":
+        largest = float(np.finfo(np.float16).max)
+        return np.clip(weight, -largest, largest).astype(np.float16)
+    bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _spread(scales: NDArray[np.float16], form: Format, columns: int) -> Matrix:
+    """(rows, blocks) -> (rows, columns)."""
+    return np.repeat(scales.astype(np.float32), form.block or columns, axis=1)[:, :columns]
+
+
+def _in_blocks(matrix: Matrix, form: Format) -> Matrix:
+    """(rows, columns) -> (rows, blocks, block), zeros behind the last column."""
+    rows, columns = matrix.shape
+    block = form.block or columns
+    padded = np.pad(matrix, ((0, 0), (0, -columns % block)))
+    return np.ascontiguousarray(padded.reshape(rows, -1, block))
+
+
+def search_scales(weight: Matrix, form: Format, importance: Matrix | None = None) -> NDArray[np.float16]:
+    """(rows, blocks) scales of least weighted error, among fractions of the largest weight's, refitted to their codes.
+
+    Without importance all weights count alike.
+    """
+    rows, columns = weight.shape
+    found = []
+    step = max(1, ROWS_AT_ONCE // columns)
+    for start in range(0, rows, step):
+        part = weight[start : start + step]
+        if importance is None or importance.ndim == 1:
+            cost = np.broadcast_to(np.float32(1.0) if importance is None else importance, part.shape)
+        else:
+            cost = importance[start : start + step]
+        found.append(_search(_in_blocks(part, form), _in_blocks(np.asarray(cost, np.float32), form), form))
+    return np.concatenate(found)
+
+
+def _search(blocks: Matrix, cost: Matrix, form: Format) -> NDArray[np.float16]:
+    low, high = form.levels
+    # A weight that no sample touched still counts a little: among equals the plain error decides.
+    cost = cost + (1e-3 * cost.mean(-1, keepdims=True) + np.float32(1e-30))
+    peak = np.abs(blocks).max(-1) / high
+    best = _half(peak)
+    least = np.full(best.shape, np.inf, np.float32)
+    for ratio in RATIOS:
+        codes = np.clip(np.rint(blocks / _half(peak * ratio).astype(np.float32)[..., None]), low, high)
+        weighted = cost * codes
+        norm = (weighted * codes).sum(-1)
+        fitted = _half((weighted * blocks).sum(-1) / np.maximum(norm, np.float32(1e-38)))
+        error = (cost * (blocks - fitted.astype(np.float32)[..., None] * codes) ** 2).sum(-1)
+        better = (error < least) & (norm > 0)
+        best, least = np.where(better, fitted, best), np.where(better, error, least)
+    return best
+
+
+def _half(scales: Matrix) -> NDArray[np.float16]:
+    """Scales as they are stored: positive half precision numbers."""
+    return np.clip(scales, float(SMALLEST), float(np.finfo(np.float16).max)).astype(np.float16)
+
+
+def round_to(weight: Matrix, scales: NDArray[np.float16], form: Format) -> Codes:
+    """(rows, columns) nearest codes."""
+    low, high = form.levels
+    codes: Codes = np.clip(np.rint(weight / _spread(scales, form, weight.shape[1])), low, high).astype(np.int8)
+    return codes
+
+
+def compensated(weight: Matrix, scales: NDArray[np.float16], form: Format, moments: NDArray[np.float64]) -> Codes:
+    """(rows, columns) codes, rounded column by column, heaviest inputs first, each error passed on to later columns."""
+    order = np.argsort(-np.diag(moments), kind="stable")
+    work = weight[:, order].astype(np.float32)
+    spread = _spread(scales, form, weight.shape[1])[:, order]
+    factor = _carry(moments[np.ix_(order, order)])
+    low, high = form.levels
+    codes = np.zeros(weight.shape, np.int8)
+    columns = weight.shape[1]
+    for start in range(0, columns, LAZY):
+        end = min(start + LAZY, columns)
+        errors = np.empty((len(work), end - start), np.float32)
+        for j in range(start, end):
+            rounded = np.clip(np.rint(work[:, j] / spread[:, j]), low, high)
+            codes[:, order[j]] = rounded
+            errors[:, j - start] = (work[:, j] - rounded * spread[:, j]) / factor[j, j]
+            work[:, j + 1 : end] -= errors[:, j - start, None] * factor[j, j + 1 : end]
+        work[:, end:] -= errors @ factor[start:end, end:]
+    return codes
+
+
+def _carry(moments: NDArray[np.float64]) -> Matrix:
+    """Upper Cholesky factor of the inverse of the damped moments: how an error in one column moves to later ones."""
+    size = len(moments)
+    damped = moments + np.eye(size) * (DAMPING * float(np.trace(moments)) / size + 1e-12)
+    # inverse = U^T U with U upper triangular: flip, so that one lower factor and one triangular inverse are enough.
+    lower = np.linalg.cholesky(damped[::-1, ::-1])
+    return np.ascontiguousarray(np.linalg.inv(lower)[::-1, ::-1], np.float32)

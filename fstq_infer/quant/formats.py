@@ -1,0 +1,73 @@
+"""The formats a weight matrix can be stored in, and what each costs. A new format is one row here.
+
+A matrix has outputs as rows and inputs as columns; a scale belongs to a row, or to a block of neighbours in it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fstq_infer.errors import OptionError
+
+SCALE_BITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """bits: of one code. block: columns that share a scale, 0 for a whole row; None for numbers that need none.
+
+    activations: inputs are rounded to int8 as well, when the layer runs.
+    """
+
+    name: str
+    bits: int
+    block: int | None = None
+    activations: bool = False
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it has integer codes and scales."""
+        return self.block is not None
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """Lowest and highest integer code. Of int8 -128 stays free, so that products of two codes fit kernels."""
+        high = 2 ** (self.bits - 1) - 1
+        return (-high - 1 if self.bits < 8 else -high), high
+
+    def blocks(self, columns: int) -> int:
+        """Scales of one row."""
+        return 0 if self.block is None else -(-columns // (self.block or columns))
+
+    def bytes(self, rows: int, columns: int) -> int:
+        """Size of a matrix with its scales; codes are packed."""
+        codes = -(-rows * columns * self.bits // 8)
+        return codes + rows * self.blocks(columns) * SCALE_BITS // 8
+
+
+_ALL = (
+    Format("fp32", 32),
+    Format("fp16", 16),
+    Format("bf16", 16),
+    Format("int8", 8, 0),
+    Format("int8-dynamic", 8, 0, activations=True),
+    Format("int4-32", 4, 32),
+    Format("int4-64", 4, 64),
+    Format("int4-128", 4, 128),
+)
+FORMATS: Mapping[str, Format] = {one.name: one for one in _ALL}
+
+
+def named(name: str, what: str = "format") -> Format:
+    """The format of that name. Raises OptionError with a suggestion."""
+    if name in FORMATS:
+        return FORMATS[name]
+    raise OptionError(f"there is no {what} {name!a}; {suggestion(name, FORMATS)}")
+
+
+def suggestion(name: str, known: Mapping[str, object]) -> str:
+    """What was probably meant, or what there is."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!a}?" if close else f"expected one of {', '.join(list(known)[:12])}"
