@@ -43,7 +43,8 @@ class Recipe:
 
     tokens, narrative_tokens: length of the whole run, and of its narrative start. From ramp_from to ramp_to tokens the
     contexts grow from ``shortest`` to ``longest`` at most; fact_share of them is facts, more than where the model is
-    judged, so that there is more to ask about. decay: last part of the run, in which the rate falls.
+    judged, so that there is more to ask about. drill: share of documents as in ``facts._drill``. decay: last part of
+    the run, in which the rate falls.
     """
 
     seed: int = 7
@@ -66,6 +67,7 @@ class Recipe:
     longest: int = 1050
     questions: int = 24
     fact_share: float = 0.5
+    drill: float = 0.4
     decay: float = 0.3
 
 
@@ -135,7 +137,7 @@ class Batches:
         """A context of about ``length`` tokens, then questions; answers carry loss."""
         n_facts, n_fillers = amounts(int(length), self.recipe.fact_share)
         n_facts = round(n_facts * rng.uniform(0.7, 1.4))
-        context, asked = facts.document(rng, n_facts, n_fillers, self.recipe.questions)
+        context, asked = facts.document(rng, n_facts, n_fillers, self.recipe.questions, self.recipe.drill)
         ids = [self.bos, *self._ids(context)]
         labels = [False] * len(ids)
         for question, answer in asked:
