@@ -454,6 +454,26 @@ def test_every_other_document_is_about_few_relations_that_more_than_single_facts
     assert (amounts[1] + amounts[2] + amounts[3]) / 200 == pytest.approx(0.5, abs=0.1)
 
 
+def test_drills_ask_for_what_comes_before_the_words_that_a_question_names() -> None:
+    rng, kinds = random.Random(4), Counter[str]()
+    for _ in range(60):
+        context, asked = facts.document(rng, rng.randint(1, 40), 9, 0, drill=1.0)
+        language = language_of(context)
+        known = stated(language, context)
+        assert not set(sentences(context)) & fillers(language.code)
+        assert len(known) > 14 or len(told_relations(name for name, _, _ in known)) == 1  # there are 14 illnesses
+        assert 0 < len(asked) <= len(known) <= facts.DRILLED + 1
+        for question, answer in asked:
+            kind, answers = derive(language, known, question)
+            kinds[kind] += 1
+            assert answers == {answer[:-1]}
+            _, relation, match = understood(language, question)
+            named = match["s" if kind == "single" else "v"]
+            said = next(s for s in sentences(context) if answer[:-1] in s and named in s)
+            assert relation not in language.which or said.index(answer[:-1]) < said.index(named)
+    assert min(kinds["which"], kinds["choice"], kinds["single"]) > 50
+
+
 def test_documents_ask_all_kinds() -> None:
     """As long as facts are left that fit a kind: two questions about twenty facts."""
     rng, kinds = random.Random(8), Counter[str]()

@@ -271,7 +271,7 @@ def document(
     """
     language = LANGUAGES[rng.choice(list(LANGUAGES))]
     asked = [r for r in language.relations if r.name in language.which or r.name in language.linked]
-    if rng.random() < drill:
+    if drill and rng.random() < drill:
         return _drill(rng, language, min(facts, DRILLED))
     few = rng.sample(asked, rng.randint(1, 3)) if rng.random() < 0.5 else ()
     world = World(rng, language, "train", facts, few)
