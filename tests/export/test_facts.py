@@ -461,7 +461,7 @@ def test_drills_ask_for_what_comes_before_the_words_that_a_question_names() -> N
         language = language_of(context)
         known = stated(language, context)
         assert not set(sentences(context)) & fillers(language.code)
-        assert len(known) > 14 or len(told_relations(name for name, _, _ in known)) == 1  # there are 14 illnesses
+        assert len(known) > 9 or len(told_relations(name for name, _, _ in known)) == 1  # others come in where values run out
         assert 0 < len(asked) <= len(known) <= facts.DRILLED + 1
         for question, answer in asked:
             kind, answers = derive(language, known, question)
