@@ -82,7 +82,8 @@ def patterns(code: str, kind: str) -> list[tuple[str, re.Pattern[str]]]:
             text = wording if kind == "says" else language.frame.format(q=wording)
             pattern = re.escape(text).replace(r"\{v\}", f"(?P<v>{value})")
             for field in "sab":
-                pattern = pattern.replace(rf"\{{{field}\}}", f"(?P<{field}>{subject})")
+                pattern = pattern.replace(rf"\{{{field}\}}", f"(?P<{field}>{subject})", 1)
+            pattern = pattern.replace(r"\{s\}", "(?P=s)")
             found.append((relation.name, re.compile(pattern)))
     return found
 
@@ -172,7 +173,10 @@ def test_every_template_has_its_placeholders_and_no_others(code: str) -> None:
     for relation in language.relations:
         assert len(relation.says) > 1 and len(set(relation.says)) == len(relation.says)
         for wording in relation.says:
-            assert fields(wording) == ["s", "v"] and wording.endswith(".") and wording.count(".") == 1
+            again = relation.name in language.which  # what may be asked for comes after all that a question names
+            assert fields(wording) == ["s"] * (1 + again) + ["v"]
+            assert wording.index("{s}") < wording.index("{v}") and again == wording.rstrip(".").endswith("{s}")
+            assert wording.endswith(".") and wording.count(".") == 1
         assert fields(relation.asks) == ["s"]
         assert relation.values in {"name", "dose", "code", "thing"} | language.words.keys()
     assert all(fields(text) == ["v"] for text in language.which.values())
@@ -454,26 +458,6 @@ def test_every_other_document_is_about_few_relations_that_more_than_single_facts
     assert (amounts[1] + amounts[2] + amounts[3]) / 200 == pytest.approx(0.5, abs=0.1)
 
 
-def test_drills_ask_for_what_comes_before_the_words_that_a_question_names() -> None:
-    rng, kinds = random.Random(4), Counter[str]()
-    for _ in range(60):
-        context, asked = facts.document(rng, rng.randint(1, 40), 9, 0, drill=1.0)
-        language = language_of(context)
-        known = stated(language, context)
-        assert not set(sentences(context)) & fillers(language.code)
-        assert len(known) > 9 or len(told_relations(name for name, _, _ in known)) == 1  # others come in where values run out
-        assert 0 < len(asked) <= len(known) <= facts.DRILLED + 1
-        for question, answer in asked:
-            kind, answers = derive(language, known, question)
-            kinds[kind] += 1
-            assert answers == {answer[:-1]}
-            _, relation, match = understood(language, question)
-            named = match["s" if kind == "single" else "v"]
-            said = next(s for s in sentences(context) if answer[:-1] in s and named in s)
-            assert relation not in language.which or said.index(answer[:-1]) < said.index(named)
-    assert min(kinds["which"], kinds["choice"], kinds["single"]) > 50
-
-
 def test_documents_ask_all_kinds() -> None:
     """As long as facts are left that fit a kind: two questions about twenty facts."""
     rng, kinds = random.Random(8), Counter[str]()
@@ -522,9 +506,9 @@ def test_seeds_reproduce(draw: Callable[[random.Random], object]) -> None:
 @pytest.mark.parametrize(
     ("draw", "checksum"),
     [
-        (lambda rng: facts.item(rng, "test", rng.randint(2, 30), rng.randint(0, 10)), 1693306939),
-        (lambda rng: facts.document(rng, rng.randint(1, 40), rng.randint(0, 10), 24), 2448118748),
-        (lambda rng: facts.narrative(rng, rng.randint(2, 12)), 1443569007),
+        (lambda rng: facts.item(rng, "test", rng.randint(2, 30), rng.randint(0, 10)), 1170182752),
+        (lambda rng: facts.document(rng, rng.randint(1, 40), rng.randint(0, 10), 24), 29954043),
+        (lambda rng: facts.narrative(rng, rng.randint(2, 12)), 798449723),
     ],
     ids=["item", "document", "narrative"],
 )

@@ -434,8 +434,9 @@ def test_both_optimizers_follow_the_rate(quick: None, tmp_path: Path, monkeypatc
 def test_a_share_of_a_context_is_facts(tokens: int, share: float) -> None:
     n_facts, n_fillers = train.amounts(tokens, share)
     assert n_facts >= 2
-    assert (n_facts + n_fillers) * train.FACT_TOKENS == pytest.approx(tokens, abs=train.FACT_TOKENS)
-    assert tokens < 100 or n_facts / (n_facts + n_fillers) == pytest.approx(share, abs=0.05)
+    told = n_facts * train.FACT_TOKENS
+    assert told + n_fillers * train.FILLER_TOKENS == pytest.approx(tokens, abs=train.FACT_TOKENS)
+    assert tokens < 100 or told / tokens == pytest.approx(share, abs=0.05)
 
 
 @pytest.mark.parametrize("tokens", [128, 512, 1000])

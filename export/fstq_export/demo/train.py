@@ -33,7 +33,7 @@ from fstq_infer.errors import OptionError
 BOS, EOS = "<s>", "</s>"
 LOG, CHECKPOINT = "training.json", "checkpoint.pt"
 EXACT_AT = (128, 512, 1000)
-FACT_TOKENS, FACT_SHARE = 9.6, 0.3  # tokens of a sentence; facts' share of a context
+FACT_TOKENS, FILLER_TOKENS, FACT_SHARE = 12.1, 9.4, 0.3  # tokens of a sentence; facts' share of a context
 _log = logging.getLogger(__name__)
 
 
@@ -43,8 +43,7 @@ class Recipe:
 
     tokens, narrative_tokens: length of the whole run, and of its narrative start. From ramp_from to ramp_to tokens the
     contexts grow from ``shortest`` to ``longest`` at most; fact_share of them is facts, more than where the model is
-    judged, so that there is more to ask about. drill: share of documents as in ``facts._drill``. decay: last part of
-    the run, in which the rate falls.
+    judged, so that there is more to ask about. decay: last part of the run, in which the rate falls.
     """
 
     seed: int = 7
@@ -67,7 +66,6 @@ class Recipe:
     longest: int = 1050
     questions: int = 24
     fact_share: float = 0.5
-    drill: float = 0.4
     decay: float = 0.3
 
 
@@ -107,7 +105,7 @@ def train_tokenizer(seed: int, vocabulary: int) -> PreTrainedTokenizerFast:
 def amounts(tokens: int, share: float = FACT_SHARE) -> tuple[int, int]:
     """(facts, filler sentences) for a context of about ``tokens`` tokens, ``share`` of them in facts."""
     n_facts = max(2, round(tokens * share / FACT_TOKENS))
-    return n_facts, max(0, round((tokens - FACT_TOKENS * n_facts) / FACT_TOKENS))
+    return n_facts, max(0, round((tokens - FACT_TOKENS * n_facts) / FILLER_TOKENS))
 
 
 Row = tuple[list[int], list[bool]]
@@ -137,7 +135,7 @@ class Batches:
         """A context of about ``length`` tokens, then questions; answers carry loss."""
         n_facts, n_fillers = amounts(int(length), self.recipe.fact_share)
         n_facts = round(n_facts * rng.uniform(0.7, 1.4))
-        context, asked = facts.document(rng, n_facts, n_fillers, self.recipe.questions, self.recipe.drill)
+        context, asked = facts.document(rng, n_facts, n_fillers, self.recipe.questions)
         ids = [self.bos, *self._ids(context)]
         labels = [False] * len(ids)
         for question, answer in asked:
