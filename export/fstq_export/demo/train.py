@@ -53,7 +53,7 @@ class Recipe:
     heads: int = 4
     kv_heads: int = 2
     head_size: int = 64
-    feed_forward: int = 384
+    feed_forward: int = 512
     positions: int = 2048
     tokens_per_batch: int = 4096
     batches: int = 2
@@ -64,7 +64,7 @@ class Recipe:
     ramp_to: int = 15_000_000
     shortest: int = 110
     longest: int = 1050
-    questions: int = 24
+    questions: int = 32
     fact_share: float = 0.5
     decay: float = 0.3
 
