@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ VERSION, LARGEST = 1, 15  # LARGEST: values are scaled to at most 2^15, below th
 class Memory:
     """State of the feedback, (N,) Fisher, and the last message with its round; all empty for a client that is new."""
 
-    state: State = State()
+    state: State = field(default_factory=State)
     fisher: Floats | None = None
     round: int = -1
     message: bytes = b""
@@ -36,14 +36,14 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class MemoryFolder:
-    """Memories of any number of clients. A file's name follows from client and manifest; run and base model are in it."""
+    """Memories of any number of clients. Files are named after client and manifest; run and base model are inside."""
 
     path: Path
 
     def load(self, client: str, manifest: TensorManifest, base: bytes, run: str, before: int) -> Memory:
         """The newest memory from an earlier round than ``before`` of this run; an empty one where there is none.
 
-        A damaged file, or one of another base model or run, is reported and not used; the next :meth:`save` replaces it.
+        A damaged file, or one of another base model or run, is reported and not used; :meth:`save` replaces it.
         """
         found = [self._read(path, client, manifest, base, run) for path in self._paths(client, manifest)]
         usable = [memory for memory in found if memory is not None and memory.round < before]

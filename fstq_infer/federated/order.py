@@ -18,7 +18,7 @@ OURS = ("FstqMod", "fstq_mod")
 
 
 def check_mods(mods: Sequence[Any], preset: str = "fstq", fisher: bool = False) -> list[Any]:
-    """The mods as a list, if what they promise holds together; the first of a ClientApp's mods is the last to see a reply.
+    """The mods as a list, if what they promise holds together. The first of them is the last to see a reply.
 
     preset: of fstq_mod. fisher: whether the app returns its parameter Fisher. Raises PrivacyOrderError with the reason.
     """
@@ -43,8 +43,8 @@ def check_mods(mods: Sequence[Any], preset: str = "fstq", fisher: bool = False) 
             check_clipping(preset)
         if name in LOCAL_NOISE and fisher:
             raise PrivacyOrderError(
-                f"{name} makes the weights private, but the Fisher that chooses coordinates comes from raw gradients, and "
-                f"which coordinates are sent would tell of them. Return no '{'fstq-fisher'}' record."
+                f"{name} makes the weights private, but the Fisher that chooses coordinates comes from raw gradients: "
+                f"which coordinates are sent would tell of them. Return no 'fstq-fisher' record."
             )
     return list(mods)
 
@@ -55,6 +55,6 @@ def check_clipping(preset: str) -> None:
         raise PrivacyOrderError(
             f"the server adds noise for updates that clients clip, but preset {preset!a} changes an update after "
             f"clipping (error feedback adds what was not sent before, and codes round), so its norm is no longer "
-            f"bounded. Clip on the server, FstqStrategy(DifferentialPrivacyServerSideFixedClipping(...)), or use preset "
-            f"'lossless'."
+            f"bounded. Clip on the server, FstqStrategy(DifferentialPrivacyServerSideFixedClipping(...)), or use "
+            f"preset 'lossless'."
         )

@@ -1,8 +1,8 @@
 """What client and server put into Flower's records: a message as one array, and settings beside those of the strategy.
 
-A message travels as an Array whose serialization type is ``fstq``: no npy header, and any code that takes it for weights
-is refused by Flower itself. Settings live in the one ConfigRecord that strategies send, since Flower's privacy mods
-accept no second one.
+A message travels as an Array whose serialization type is ``fstq``: no npy header, and code that takes it for weights is
+refused by Flower itself. Settings live in the one ConfigRecord that strategies send: Flower's privacy mods accept no
+second one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from fstq_infer.errors import ReplyError
 from fstq_infer.federated.flower import Array, ArrayRecord, ConfigRecord, RecordDict
 
 PACKED, STYPE = "fstq", "fstq"  # name of the only array, and its serialization type
-FISHER, REPORT = (
-    "fstq-fisher",
-    "fstq",
-)  # records of a reply: the app's Fisher for the mod, the mod's report to the server
+FISHER = "fstq-fisher"  # record of a reply: the app's squared gradients, for the mod
+REPORT = "fstq"  # record of a reply: what the mod tells the server
 _KEYS = {"run": str, "round": int, "heard": int, "budget": int}
 
 

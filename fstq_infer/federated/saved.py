@@ -35,7 +35,7 @@ def save(path: Path, arrays: Arrays, facts: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """(arrays, facts) of a file that :func:`save` wrote. Raises StateError for any other, FileNotFoundError for none."""
+    """(arrays, facts) of a file that :func:`save` wrote. Raises StateError for another, FileNotFoundError for none."""
     if not path.exists():
         raise FileNotFoundError(path)
     try:
@@ -58,5 +58,5 @@ def _crc(arrays: Arrays, text: str) -> int:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         crc = zlib.crc32(f"{name} {array.dtype.str} {array.shape}".encode(), crc)
-        crc = zlib.crc32(array.reshape(-1).view(np.uint8), crc)
+        crc = zlib.crc32(array.tobytes(), crc)
     return crc

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections import Counter
 from collections.abc import Iterable
@@ -34,18 +35,27 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
     """Decodes replies of clients that run fstq_mod to absolute weights; all else is the inner strategy's.
 
     inner: any Flower strategy, privacy wrappers that clip on the server included. base: identity of the base model, 16
-    bytes, as the clients have it. run: names the federation; the same name lets clients go on after the server restarts.
+    bytes, as the clients have it. run: names the federation; with the same name clients go on after a server restarts.
+    max_norm: an update with a larger Euclidean norm is refused; None for no limit.
 
-    A reply that is stale, damaged, hostile or for another model is left out and counted, by kind of error, in the round's
-    metrics: ``fstq-used``, ``fstq-refused``, ``fstq-refused-KIND``, ``fstq-bytes`` (of all messages that came).
+    A reply that is stale, damaged, hostile or for another model is left out and counted, by kind of error, in the
+    round's metrics: ``fstq-used``, ``fstq-refused``, ``fstq-refused-KIND``, ``fstq-bytes`` (of all messages that came).
     """
 
-    def __init__(self, inner: Any, base: bytes, budgets: Budgets | None = None, run: str | None = None) -> None:
+    def __init__(
+        self,
+        inner: Any,
+        base: bytes,
+        budgets: Budgets | None = None,
+        run: str | None = None,
+        max_norm: float | None = None,
+    ) -> None:
         if len(base) != HASH_BYTES:
             raise OptionError(f"the base model's identity has {len(base)} bytes, expected {HASH_BYTES}")
         self.inner, self.base = inner, base
         self.budgets: Budgets = budgets or UplinkBudgets()
         self.run = run or secrets.token_hex(8)
+        self.max_norm = max_norm
         self.heard: dict[int, int] = {}  # node -> round of its last message that was used
         self.uplinks: dict[int, float] = {}  # node -> bytes per second it has told
         self.refused: Counter[str] = Counter()  # kind of error -> replies, over all rounds
@@ -118,6 +128,7 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
             raise ReplyError("no round was configured. Call configure_train first.")
         metrics = metrics_of(reply.content, self._weight())
         delta = decompress(blob, self._manifest, self.base, server_round)
+        self._check_norm(delta)
         weights = dict[str, Any]()
         for name, old in self._arrays.items():
             with np.errstate(over="ignore"):
@@ -130,6 +141,16 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
             self.uplinks[reply.metadata.src_node_id] = report
         reply.content = RecordDict({"arrays": ArrayRecord(weights), "metrics": metrics})
         return reply, signature(metrics)
+
+    def _check_norm(self, delta: dict[str, Any]) -> None:
+        if self.max_norm is None:
+            return
+        norm = math.sqrt(sum(float(np.square(values, dtype=np.float64).sum()) for values in delta.values()))
+        if norm > self.max_norm:
+            raise MessageValueError(
+                f"the update has norm {norm:.3g}, expected at most {self.max_norm:.3g}. Look into this client's "
+                f"training, or raise max_norm."
+            )
 
     def _weight(self) -> str:
         """Name of the metric that weighs clients: the innermost strategy's."""
