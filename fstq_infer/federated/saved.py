@@ -27,7 +27,7 @@ def save(path: Path, arrays: Arrays, facts: Mapping[str, Any]) -> None:
     """Replace ``path``. facts: what JSON can hold. Raises StateError when it cannot be written."""
     held = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     text = json.dumps(facts, sort_keys=True)
-    metadata = {"facts": text, "crc32": f"{_crc(held, text):08x}"}
+    metadata = {"fstq": f"{_crc(held, text):08x} {text}"}  # one entry: safetensors orders several at random
     try:
         replace_file(path, _serialize(held, metadata))
     except OSError as error:
@@ -42,9 +42,9 @@ def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        text = metadata["facts"]
+        crc, _, text = metadata["fstq"].partition(" ")
         facts = json.loads(text)
-        if not isinstance(facts, dict) or int(metadata["crc32"], 16) != _crc(arrays, text):
+        if not isinstance(facts, dict) or int(crc, 16) != _crc(arrays, text):
             raise StateError(f"{path} is damaged: its checksum does not match its content.")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         if isinstance(error, StateError):
