@@ -45,7 +45,7 @@ def save(path: Path, strategy: Any, progress: Progress, seed: int) -> None:
                 f"{type(part).__name__} counts the privacy that was spent, which a checkpoint cannot hold: going on "
                 f"from it would spend more than is counted. Run without checkpoints."
             )
-        for name, value in vars(part).items():
+        for name, value in vars(part).items() if not isinstance(part, FstqStrategy) else ():
             entries += [(level, name, kind, key, array) for kind, key, array in _arrays_in(value)]
             if name in SCALARS:
                 scalars.append((level, name, float(value)))

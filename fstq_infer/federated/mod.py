@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fstq_infer.errors import DeltaError, FstqError, OptionError, PrivacyOrderError, ReplyError
+from fstq_infer.errors import DeltaError, FstqError, MessageError, OptionError, PrivacyOrderError, ReplyError
 from fstq_infer.federated import message as messages
 from fstq_infer.federated.compress import PRESETS, Compressor
 from fstq_infer.federated.feedback import Floats, State
@@ -38,7 +38,8 @@ class FstqMod:
     preset: a row of compress.PRESETS. client: name of this client's memory; by default ``client-id`` or
     ``partition-id`` of the node's configuration, or else the node's id. uplink: bytes per second, or a function that
     measures them; reported to the server. fisher_decay: of the average over rounds of what the app returns in the
-    array record ``fstq-fisher``, squared gradients by name; without that record all coordinates weigh the same.
+    array record ``fstq-fisher``, squared gradients by name; in a round without that record all coordinates weigh the
+    same.
 
     A reply that cannot be compressed becomes an error reply, which costs the round this client only.
     """
@@ -101,9 +102,9 @@ class FstqMod:
         return RecordDict(records)
 
     def _fisher(self, memory: Memory, record: Any, manifest: TensorManifest) -> Floats | None:
-        """(N,) running average of the Fisher; None where the app has never sent one."""
+        """(N,) running average of the Fisher; None, and nothing kept, where the app sends none."""
         if record is None:
-            return memory.fisher
+            return None
         new = manifest.flatten(arrays_of(record), "Fisher")
         if memory.fisher is None:
             return new
@@ -155,7 +156,11 @@ def _with_unheard(memory: Memory, manifest: TensorManifest, request: Request) ->
     state = memory.state
     if not memory.message or memory.round == request.heard or state.residual is None:
         return state
-    lost = messages.dense(messages.decode(memory.message, manifest), manifest)
+    try:
+        lost = messages.dense(messages.decode(memory.message, manifest), manifest)
+    except MessageError as error:  # written by another version of this package
+        log.warning("the message of round %d was not used and cannot be read again: %s", memory.round, error)
+        return state
     return State(state.residual + lost, state.velocity)
 
 
