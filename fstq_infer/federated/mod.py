@@ -154,7 +154,7 @@ def fstq_mod(message: Any, context: Any, call_next: Callable[[Any, Any], Any]) -
 def _with_unheard(memory: Memory, manifest: TensorManifest, request: Request) -> State:
     """The feedback's state; a last message that the server did not use is put back into the residual."""
     state = memory.state
-    if not memory.message or memory.round == request.heard or state.residual is None:
+    if request.heard in (-1, memory.round) or not memory.message or state.residual is None:
         return state
     try:
         lost = messages.dense(messages.decode(memory.message, manifest), manifest)

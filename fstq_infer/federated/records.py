@@ -24,8 +24,9 @@ _KEYS = {"run": str, "round": int, "heard": int, "budget": int}
 class Request:
     """What a server tells one client with the weights.
 
-    run: names one federation, across restarts of its server. heard: round of this client's last message that was used,
-    -1 if none. budget: bytes of the message, 0 for as many as it takes.
+    run: names one federation, across restarts of its server. heard: round of this client's last message that was used;
+    0 if none of those it was asked for; -1 if this node is new to the server (SuperNodes may get a new id when they
+    restart). budget: bytes of the message, 0 for as many as it takes.
     """
 
     run: str

@@ -56,7 +56,7 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         self.budgets: Budgets = budgets or UplinkBudgets()
         self.run = run or secrets.token_hex(8)
         self.max_norm = max_norm
-        self.heard: dict[int, int] = {}  # node -> round of its last message that was used
+        self.heard: dict[int, int] = {}  # node -> round of its last message that was used, 0 for none
         self.uplinks: dict[int, float] = {}  # node -> bytes per second it has told
         self.refused: Counter[str] = Counter()  # kind of error -> replies, over all rounds
         self._arrays: dict[str, Any] = {}
@@ -73,6 +73,7 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
             node = request.metadata.dst_node_id
             budget = self.budgets.bytes_for(node, self.uplinks.get(node))
             mine = Request(self.run, server_round, self.heard.get(node, -1), budget)
+            self.heard.setdefault(node, 0)
             request.content = mine.into(request.content)
         return requests
 

@@ -87,12 +87,23 @@ def test_a_message_that_was_not_used_is_sent_again(tmp_path: Path) -> None:
     mod, zero = FstqMod(BASE, tmp_path), {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
     arrived = np.zeros(MANIFEST.parameters, np.float32)
     mod(request(1), context(), train(step(0, 0, 1)))  # lost
-    heard = -1
+    heard = 0  # asked for round 1, and nothing came
     for round in range(2, 40):
         reply = mod(request(round, heard, budget=4000), context(), train(zero))
         arrived += MANIFEST.flatten(decompress(unpack(reply.content), MANIFEST))
         heard = round
     np.testing.assert_allclose(arrived, MANIFEST.flatten(step(0, 0, 1)), atol=2e-3)
+
+
+def test_a_node_that_is_new_to_the_server_keeps_its_memory(tmp_path: Path) -> None:
+    """A SuperNode that restarts may get another id: its last message may well have been used."""
+    for heard, same in ((-1, True), (1, True), (0, False)):
+        mod = FstqMod(BASE, tmp_path / str(heard))
+        mod(request(1), context(), train(step(0, 0, 1)))
+        held = MemoryFolder(tmp_path / str(heard)).load("2", MANIFEST, BASE, "run", 2)
+        blob = unpack(mod(request(2, heard), context(), train(step(0, 0, 2))).content)
+        expected, _ = Compressor.preset("fstq", MANIFEST, BASE).compress(step(0, 0, 2), None, held.state, 1500, 2)
+        assert (blob == expected) == same
 
 
 def test_a_round_done_again_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_a_bad_reply_costs_that_client_only(tmp_path: Path, name: str, inner: st
     result = strategy.start(make_grid(tmp_path, fault=fault), record(weights()), 1)
     metrics = result.train_metrics_clientapp[1]
     assert (metrics["fstq-used"], metrics["fstq-refused"], metrics[f"fstq-refused-{kind}"]) == (3, 1, 1)
-    assert strategy.heard == {2: 1, 4: 1, 5: 1} and strategy.refused == {kind: 1}
+    assert strategy.heard == {2: 1, 3: 0, 4: 1, 5: 1} and strategy.refused == {kind: 1}
     for key in SHAPES:
         steps = [step(0, client, 1)[key] for client in (0, 2, 3)]
         mean = np.median(steps, axis=0) if inner == "FedMedian" else (steps[0] + 2 * steps[1] + 4 * steps[2]) / 7
