@@ -1,7 +1,7 @@
 """A Flower Grid that runs ClientApps in this process, one after the other: simulation without Ray.
 
 Requests and replies go through Flower's own serialization, so the bytes counted are those of its objects; the network
-below them (gRPC, TLS) is not simulated. Node ids are 2, 3, ...: the same run gives the same result.
+below them (HTTP, TLS) is not simulated. Node ids are 2, 3, ...: the same run gives the same result.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("saving federated state", error.name or "safetensors", "federated") from error
 
 Arrays = Mapping[str, NDArray[Any]]
+AGAIN = "Restore it from a copy, or remove it to begin anew."
 
 
 def save(path: Path, arrays: Arrays, facts: Mapping[str, Any]) -> None:
@@ -45,11 +46,11 @@ def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         crc, _, text = metadata["fstq"].partition(" ")
         facts = json.loads(text)
         if not isinstance(facts, dict) or int(crc, 16) != _crc(arrays, text):
-            raise StateError(f"{path} is damaged: its checksum does not match its content.")
+            raise StateError(f"{path} is damaged: its checksum does not match its content. {AGAIN}")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         if isinstance(error, StateError):
             raise
-        raise StateError(f"{path} is damaged: {error}.") from error
+        raise StateError(f"{path} is damaged: {error}. {AGAIN}") from error
     return arrays, facts
 
 

@@ -1,17 +1,21 @@
-"""A real pretrained model and real questions, divided by source among clients: compressed messages against dense ones."""
+"""A real pretrained model and real questions, divided by source among clients: compressed messages and dense ones."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-for _name in ("flwr", "constriction", "torch", "transformers", "peft"):
-    pytest.importorskip(_name, reason="a federation needs the 'federated' extra")
+pytest.importorskip("flwr", reason="a federation needs the 'federated' extra")
+pytest.importorskip("constriction", reason="a federation needs the 'federated' extra")
+pytest.importorskip("torch", reason="a federation needs the 'federated' extra")
+pytest.importorskip("transformers", reason="a federation needs the 'federated' extra")
+pytest.importorskip("peft", reason="a federation needs the 'federated' extra")
 
 import torch
 from flwr.app import Array, ArrayRecord
@@ -74,5 +78,5 @@ def test_compressed_messages_learn(tmp_path: Path) -> None:
     dense, much = run(tmp_path / "dense", "lossless", 0)
     ours, little = run(tmp_path / "fstq", "fstq", 4000)
     assert much > 30 * little
-    assert all(after < before for before, after in zip(ours, ours[1:], strict=False))
+    assert all(after < before for before, after in pairwise(ours))
     assert ours[-1] < dense[0] and dense[-1] < ours[-1] < dense[-1] + 1.0
