@@ -6,7 +6,11 @@ STAMP := $(VENV)/.installed
 # The CPU build of torch: an unpinned one may pull several GB of CUDA.
 CONSTRAINTS := constraints-cpu.txt
 
-.PHONY: setup demo test test-all lint bench plots train-demo clean
+# Flower asks for an older protobuf, rich and typer than the rest is tested with.
+FED := .venv-federated
+FED_STAMP := $(FED)/.installed
+
+.PHONY: setup demo test test-all test-federated lint bench plots train-demo clean
 
 setup: $(STAMP)
 
@@ -29,6 +33,18 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest
 
+# Flower comes from an environment of its own, torch, Transformers and PEFT from the other one.
+$(FED_STAMP): $(STAMP)
+	$(PYTHON) -m venv $(FED)
+	$(FED)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) flwr
+	base=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  own=$$($(FED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$base')" > "$$own/zz-base.pth"
+	touch $(FED_STAMP)
+
+test-federated: $(FED_STAMP)
+	$(FED)/bin/python -m pytest -m "not slow" tests/federated
+
 bench: $(STAMP)
 	$(BIN)/python bench/quality.py
 	$(BIN)/python bench/pruning.py
@@ -48,4 +64,4 @@ train-demo: $(STAMP)
 	cp $(VENV)/demo-model/*.json $(VENV)/demo-model/model.safetensors export/fstq_export/demo/model
 
 clean:
-	rm -rf $(VENV) demo-out dist build
+	rm -rf $(VENV) $(FED) demo-out dist build

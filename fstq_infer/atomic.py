@@ -1,4 +1,4 @@
-"""Directories that are either whole or absent, and checksums of files. Knows no format; see bundle.py for one."""
+"""Directories and files that are either whole or absent, and checksums. Knows no format; see bundle.py for one."""
 
 from __future__ import annotations
 
@@ -39,6 +39,22 @@ def sha256_file(path: str | os.PathLike[str], size: int | None = None) -> str:
         found = f"more than {size}" if seen > size else str(seen)
         raise BundleSizeError(f"{path}: read {found} bytes, expected {size}. Stop what is writing to it and try again.")
     return digest.hexdigest()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write ``path`` so that a reader, or a power cut, finds the old content or the new one. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
 
 
 @contextlib.contextmanager

@@ -162,3 +162,15 @@ class MessageEntropyError(MessageError):
 
 class MessageValueError(MessageError):
     """A raw value is NaN or infinite."""
+
+
+class ReplyError(FstqError):
+    """A client's reply holds no message, was not asked for, or has metrics that cannot be averaged."""
+
+
+class StateError(FstqError):
+    """Saved state of a client or of a server cannot be read or written."""
+
+
+class PrivacyOrderError(FstqError):
+    """Compression is combined with a privacy mechanism in a way that breaks its guarantee; the message says why."""

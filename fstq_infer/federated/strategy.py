@@ -1,0 +1,161 @@
+"""The server's side: a wrapper that lets any Flower strategy aggregate compressed replies.
+
+>>> strategy = FstqStrategy(FedAvg(fraction_train=0.3), base=identity, budgets=UplinkBudgets(seconds=2))
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+
+from fstq_infer.errors import FstqError, MessageValueError, OptionError, ReplyError
+from fstq_infer.federated.budget import UplinkBudgets
+from fstq_infer.federated.compress import decompress
+from fstq_infer.federated.flower import Array, ArrayRecord, MetricRecord, RecordDict, Strategy
+from fstq_infer.federated.records import REPORT, Request, arrays_of, unpack
+from fstq_infer.federated.replies import Signature, metrics_of, most_common, signature
+from fstq_infer.federated.tensors import HASH_BYTES, TensorManifest
+
+log = logging.getLogger(__name__)
+
+
+class Budgets(Protocol):
+    """Bytes of one client's message, 0 for no limit; reported: its bytes per second, where it has told them."""
+
+    def bytes_for(self, node: int, reported: float | None = None) -> int: ...
+
+
+class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checked here
+    """Decodes replies of clients that run fstq_mod to absolute weights; all else is the inner strategy's.
+
+    inner: any Flower strategy, privacy wrappers that clip on the server included. base: identity of the base model, 16
+    bytes, as the clients have it. run: names the federation; with the same name clients go on after a server restarts.
+    max_norm: an update with a larger Euclidean norm is refused; None for no limit.
+
+    A reply that is stale, damaged, hostile or for another model is left out and counted, by kind of error, in the
+    round's metrics: ``fstq-used``, ``fstq-refused``, ``fstq-refused-KIND``, ``fstq-bytes`` (of all messages that came).
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        base: bytes,
+        budgets: Budgets | None = None,
+        run: str | None = None,
+        max_norm: float | None = None,
+    ) -> None:
+        if len(base) != HASH_BYTES:
+            raise OptionError(f"the base model's identity has {len(base)} bytes, expected {HASH_BYTES}")
+        self.inner, self.base = inner, base
+        self.budgets: Budgets = budgets or UplinkBudgets()
+        self.run = run or secrets.token_hex(8)
+        self.max_norm = max_norm
+        self.heard: dict[int, int] = {}  # node -> round of its last message that was used, 0 for none
+        self.uplinks: dict[int, float] = {}  # node -> bytes per second it has told
+        self.refused: Counter[str] = Counter()  # kind of error -> replies, over all rounds
+        self._arrays: dict[str, Any] = {}
+        self._manifest: TensorManifest | None = None
+        self._asked: set[int] = set()
+
+    def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Iterable[Any]:
+        """The inner strategy's requests, each with what one client needs to compress its reply."""
+        self._arrays = arrays_of(arrays)
+        self._manifest = TensorManifest.of(self._arrays)
+        requests = list(self.inner.configure_train(server_round, arrays, config, grid))
+        self._asked = {request.metadata.dst_node_id for request in requests}
+        for request in requests:
+            node = request.metadata.dst_node_id
+            budget = self.budgets.bytes_for(node, self.uplinks.get(node))
+            mine = Request(self.run, server_round, self.heard.get(node, -1), budget)
+            self.heard.setdefault(node, 0)
+            request.content = mine.into(request.content)
+        return requests
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Any]) -> tuple[Any, Any]:
+        """What the inner strategy makes of all replies that can be read; its metrics, and ours."""
+        failed, read, refused, size = list[Any](), list[tuple[Any, Signature]](), Counter[str](), 0
+        waiting = set(self._asked)
+        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):  # sums do not depend on arrival
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                failed.append(reply)
+                refused["ClientError"] += 1
+                continue
+            try:
+                if node not in waiting:
+                    raise ReplyError(f"node {node} was not asked, or has answered already.")
+                waiting.discard(node)
+                blob = unpack(reply.content)
+                size += len(blob)
+                read.append(self._read(reply, blob, server_round))
+            except FstqError as error:
+                refused[type(error).__name__] += 1
+                log.warning("round %d: reply of node %d is left out: %s", server_round, node, error)
+        usual = most_common([held for _, held in read])
+        used = [reply for reply, held in read if held == usual]
+        if len(used) < len(read):
+            refused["ReplyError"] += len(read) - len(used)
+            log.warning("round %d: %d replies have other metrics than most", server_round, len(read) - len(used))
+        self.heard |= {reply.metadata.src_node_id: server_round for reply in used}
+        self.refused += refused
+        arrays, metrics = self.inner.aggregate_train(server_round, [*used, *failed])
+        counts = {"fstq-used": len(used), "fstq-refused": refused.total(), "fstq-bytes": size}
+        kinds = {f"fstq-refused-{kind}": count for kind, count in sorted(refused.items())}
+        return arrays, MetricRecord({**dict(metrics or {}), **counts, **kinds})
+
+    def configure_evaluate(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Iterable[Any]:
+        """The inner strategy's."""
+        requests: Iterable[Any] = self.inner.configure_evaluate(server_round, arrays, config, grid)
+        return requests
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Any]) -> Any:
+        """The inner strategy's."""
+        return self.inner.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """Log the settings, and those of the inner strategy."""
+        log.info("fstq: messages for base model %s, run %s, %s", self.base.hex(), self.run, self.budgets)
+        self.inner.summary()
+
+    def _read(self, reply: Any, blob: bytes, server_round: int) -> tuple[Any, Signature]:
+        """The reply with absolute weights in place of its message, and what its metrics look like."""
+        if self._manifest is None:
+            raise ReplyError("no round was configured. Call configure_train first.")
+        metrics = metrics_of(reply.content, self._weight())
+        delta = decompress(blob, self._manifest, self.base, server_round)
+        self._check_norm(delta)
+        weights = dict[str, Any]()
+        for name, old in self._arrays.items():
+            with np.errstate(over="ignore"):
+                new = (old.astype(np.float32) + delta[name]).astype(old.dtype)
+            if not np.isfinite(new).all():
+                raise MessageValueError(f"{name!a} would no longer be finite. Have the client lower its learning rate.")
+            weights[name] = Array(new)
+        report = reply.content.config_records.get(REPORT, {}).get("uplink")
+        if isinstance(report, float) and 0 < report < float("inf"):
+            self.uplinks[reply.metadata.src_node_id] = report
+        reply.content = RecordDict({"arrays": ArrayRecord(weights), "metrics": metrics})
+        return reply, signature(metrics)
+
+    def _check_norm(self, delta: dict[str, Any]) -> None:
+        if self.max_norm is None:
+            return
+        norm = math.sqrt(sum(float(np.square(values, dtype=np.float64).sum()) for values in delta.values()))
+        if norm > self.max_norm:
+            raise MessageValueError(
+                f"the update has norm {norm:.3g}, expected at most {self.max_norm:.3g}. Look into this client's "
+                f"training, or raise max_norm."
+            )
+
+    def _weight(self) -> str:
+        """Name of the metric that weighs clients: the innermost strategy's."""
+        strategy = self.inner
+        while not hasattr(strategy, "weighted_by_key") and hasattr(strategy, "strategy"):
+            strategy = strategy.strategy
+        return str(getattr(strategy, "weighted_by_key", "num-examples"))
