@@ -31,7 +31,7 @@ from fstq_infer.runtime.ort import MODEL, OrtEngine, brief, import_onnxruntime, 
 BACKEND, WEIGHTS, LOWERED = "onnxruntime", "model.onnx.data", "lowered"
 INLINE_BYTES = 1024  # smaller initializers stay in the graph
 BUILD_MEMORY = 256 << 20  # besides the weights twice: as they are read, and as they are written or prepacked
-BUILD_DISK = 64 << 20  # besides the weights twice and an eighth
+BUILD_DISK = 64 << 20  # besides the weights three times: narrow numbers may become wider
 Progress = Callable[[str], None]
 _log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, 
     check_external_data(bundle.file(MODEL), files[1:])
     size = sum(bundle.manifest.files[name].bytes for name in files)
     cache.require_memory(2 * size + BUILD_MEMORY)
-    cache.require_disk(target, 2 * size + size // 8 + BUILD_DISK)
+    cache.require_disk(target, 3 * size + BUILD_DISK)
     made = parity.cases(bundle.manifest.model, bundle.manifest.stages)
     # One session at a time: each is gone before the next is opened.
     say("running the bundle's own graph")
@@ -165,15 +165,21 @@ def _lower(bundle: Bundle, out: Path) -> bool:
         raise EngineError(
             f"{bundle.file(MODEL)} is not built as expected: {error.__cause__ or error}. Export it again."
         ) from error
-    out.mkdir()
-    ir.save(model, out / MODEL, external_data=WEIGHTS)
-    return layers.changed > 0
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+        raise EngineError(f"{bundle.file(MODEL)} cannot be read: {error}. Fetch an undamaged copy.") from error
+    try:
+        out.mkdir()
+        ir.save(model, out / MODEL, external_data=WEIGHTS)
+    except OSError as error:
+        raise EngineError(f"{out.parent} cannot be written: {error}. Free some space, and build again.") from error
+    return layers.rounding > 0
 
 
 def _optimise(bundle: Bundle, out: Path, threads: int | None) -> bool:
     """Write the lowered and optimised graph and its weights into ``out``; whether it rounds inputs of layers."""
     ort, options = import_onnxruntime(), session_options(threads)
     rounded = _lower(bundle, out / LOWERED)
+    gc.collect()  # the lowered model is a cycle, and holds weights
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(out / MODEL)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)

@@ -94,8 +94,8 @@ def compare(
     """Raises ParityError, naming case and step, where kept indices differ or logits differ by more than allowed.
 
     rounded: the engine rounds inputs of layers to int8, which the bundle's graph does not. Nothing is equal then; root
-    mean square differences are compared, and most tokens that are kept have to be the same. A layer that computes with
-    wrong weights shows: its logits differ by as much as they deviate.
+    mean square differences are compared, and most tokens that are kept have to be the same. That shows a graph that
+    computes something else, not a small fault in one layer.
     """
     allowed, worst = ROUNDED if rounded else TOLERANCE[dtype], 0.0
     advice = "Nothing was kept. Please report the model and these versions; another onnxruntime version may do better."

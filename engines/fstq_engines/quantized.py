@@ -27,11 +27,15 @@ Array = NDArray[Any]
 
 
 class QuantizedLayers(InPlacePass):
-    """Give MatMul and Gather nodes that read codes the kernels for them. ``changed`` counts these nodes."""
+    """Give MatMul and Gather nodes that read codes the kernels for them.
+
+    ``changed`` counts these nodes, ``rounding`` those whose inputs are rounded to int8. Graphs that compute in half
+    precision stay as they are: the kernels are for float32.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.changed = 0
+        self.changed = self.rounding = 0
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
@@ -52,6 +56,7 @@ class QuantizedLayers(InPlacePass):
             out.name, out.type, out.shape = node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape
             graph.remove(node, safe=True)
             self.changed += 1
+            self.rounding += node.op_type == "MatMul"
         if self.changed:
             model.opset_imports.setdefault(MICROSOFT, 1)
             RemoveUnusedNodesPass()(model)
@@ -71,6 +76,8 @@ def _weight(graph: ir.Graph, node: ir.Node) -> Weight | None:
     if not path or source is None or source.op_type != "DequantizeLinear" or len(source.inputs) != 2:
         return None
     codes, scales = (_stored(value) for value in source.inputs)
+    if source.outputs[0].dtype not in (None, ir.DataType.FLOAT) or _computed(source.inputs[1]) != ir.DataType.FLOAT:
+        return None
     if codes is None or scales is None or len(codes.shape) != 2:
         return None
     block = source.attributes["block_size"].as_int() if "block_size" in source.attributes else 0
@@ -83,6 +90,14 @@ def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
     if producer is not None and producer.op_type == "Cast":
         value = producer.inputs[0]
     return value.const_value if value is not None else None
+
+
+def _computed(value: ir.Value | None) -> ir.DataType | None:
+    """The type of a value that is stored, or read through a Cast."""
+    producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type == "Cast":
+        return ir.DataType(producer.attributes["to"].as_int())
+    return value.dtype if value is not None else None
 
 
 class Weight:

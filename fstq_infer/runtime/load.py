@@ -45,8 +45,13 @@ def open_engine(
     threads: int | None = None,
     provider: str = "cpu",
 ) -> Engine:
-    """Load the bundle's engine, after :func:`build_engine`. Raises also what the backend's class raises."""
-    path = build_engine(bundle, backend, directory, threads)
+    """Load the bundle's engine, after :func:`build_engine`. Raises also what the backend's class raises.
+
+    On another provider than the CPU the bundle's own graph runs: engines are lowered for CPU kernels.
+    """
+    path = build_engine(bundle, backend, directory, threads) if provider == "cpu" else bundle.path
+    if backend not in BACKENDS:
+        build_engine(bundle, backend)  # says which backends there are
     _, loader, extra = BACKENDS[backend]
     engine: Engine = load(loader, f"backend {backend!r}", extra)(path, bundle, threads=threads, provider=provider)
     return engine

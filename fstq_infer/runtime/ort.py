@@ -51,6 +51,8 @@ class OrtEngine:
         path = Path(directory, MODEL)
         self._session = _open(self._ort, path, threads, provider)
         in_place = any(port.name == LENGTHS for port in self._session.get_inputs())
+        if in_place and provider != "cpu":
+            raise EngineError(f"{path} was built for the CPU; on {provider} the bundle's own graph runs: open that.")
         inputs, outputs = contract(model.layers, len(self._stages))
         _check(path, self._session, inputs, outputs, len(self._stages), self._vocab)
         fixed, groups = 2 + bool(self._stages), len(self._stages) + 1  # ids, positions and keep; the cache follows

@@ -123,6 +123,21 @@ def test_other_weights_stay() -> None:
     assert not lowering(model).modified and lowering.changed == 0
 
 
+def test_layers_of_a_half_precision_graph_stay() -> None:
+    model = graph_of("int8", "MatMul", *weights("int8"))
+    cast = next(node for node in model.graph if node.op_type == "Cast")
+    cast.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT16))
+    lowering = QuantizedLayers()
+    assert not lowering(model).modified and lowering.changed == 0
+
+
+def test_looking_up_rows_rounds_no_inputs() -> None:
+    for reader, rounding in (("Gather", 0), ("MatMul", 1)):
+        lowering = QuantizedLayers()
+        lowering(graph_of("int8", reader, *weights("int8")))
+        assert (lowering.changed, lowering.rounding) == (1, rounding)
+
+
 def test_rounding_is_told_from_wrong_weights() -> None:
     """The comparison of an engine that rounds with its bundle, on logits that differ a little, and by a layer."""
     rng = np.random.default_rng(0)

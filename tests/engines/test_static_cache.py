@@ -83,6 +83,32 @@ def test_an_older_onnxruntime_gets_the_graph_as_it_is(
     assert [type(engine.empty_cache(1)) for engine in engines] == [SharedCache, ReturnedCache]
 
 
+def test_a_full_disk_is_an_engine_error(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ir, "save", full)
+    with pytest.raises(EngineError, match=r"cannot be written.*No space left"):
+        ort.build(tiny_bundle, directory=tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_an_engine_for_the_cpu_runs_nowhere_else(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bound inputs would be copied to the device once, and then be stale."""
+    import onnxruntime
+
+    engine = ort.build(tiny_bundle, directory=tmp_path / "engine")
+    make = onnxruntime.InferenceSession
+    providers = ["CPUExecutionProvider", "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(make, "get_providers", lambda _: providers)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, **k: make(*a, **(k | {"providers": providers[:1]})))
+    with pytest.raises(EngineError, match="built for the CPU"):
+        OrtEngine(engine, tiny_bundle, provider="cuda")
+
+
 def test_building_without_onnx_ir_names_the_extra(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,9 +41,10 @@ def chunked_attention(
 def warm_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, start: Path) -> None:
     """Take over the weights of an earlier model: as many heads and layers, but it may be narrower in all else.
 
-    Tokens take their embedding from the same token where both vocabularies have it. The larger model computes what the
-    smaller did: what reads new parts of the state begins at zero, what writes them as it was drawn. In a larger head
-    the old rotary pairs go to the pairs of equal frequency. Raises OptionError for a model that does not fit.
+    Tokens take their embedding from the same token where both vocabularies have it. The larger model computes nearly
+    what the smaller did, as long as its new parts are small: what reads them begins at zero, what writes them as it was
+    drawn. In a larger head the old rotary pairs go to the pairs of equal frequency. Raises OptionError for another
+    number of heads or layers, and a head size that does not divide.
     """
     earlier = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
     old, new = earlier.config, model.config
