@@ -5,6 +5,9 @@ Every message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FstqError(ValueError):
     """Base of every error raised on purpose by this toolkit."""
@@ -174,3 +177,10 @@ class StateError(FstqError):
 
 class PrivacyOrderError(FstqError):
     """Compression is combined with a privacy mechanism in a way that breaks its guarantee; the message says why."""
+
+
+def suggestion(name: str, known: Iterable[str], there_are: str = "expected one of") -> str:
+    """What was probably meant by an unknown name, or what there is (its first twelve)."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!a}?" if close else f"{there_are} {', '.join(names[:12])}"

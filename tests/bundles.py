@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,20 +12,12 @@ import pytest
 from fstq_infer import errors
 from fstq_infer.bundle import Bundle
 from fstq_infer.manifest import Manifest
+from tests.loading import load_make
 
 CORRUPT = Path(__file__).parent / "corrupt"
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX file types and signals")
 
-
-def load_make() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("corrupt_make", CORRUPT / "make.py")
-    assert spec and spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-make = load_make()
+make = load_make(CORRUPT)
 BARE = replace(Manifest.from_json(make.encode(make.manifest())), files={})  # what an exporter hands to commit()
 
 

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from fstq_engines.graph import initializer
+
 MICROSOFT = "com.microsoft"
 METADATA, DYNAMIC = "fstq.format", "int8-dynamic"  # written by the exporter on each operator that reads such a weight
 BYTE_BLOCK = 128  # inputs that share a scale in an int8 layer: its kernel has no scale for a whole row
@@ -51,10 +53,7 @@ class QuantizedLayers(InPlacePass):
                 out = weight.dynamic(tape, node.inputs[0], rounded)
             else:
                 out = weight.blocks(tape, node.inputs[0])
-            graph.insert_before(node, tape.nodes)
-            ir.convenience.replace_all_uses_with(node.outputs[0], out, replace_graph_outputs=True)
-            out.name, out.type, out.shape = node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape
-            graph.remove(node, safe=True)
+            ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [out])
             self.changed += 1
             self.rounding += node.op_type == "MatMul"
         if self.changed:
@@ -75,8 +74,8 @@ def _weight(graph: ir.Graph, node: ir.Node) -> Weight | None:
             return None
     if not path or source is None or source.op_type != "DequantizeLinear" or len(source.inputs) != 2:
         return None
-    codes, scales = (_stored(value) for value in source.inputs)
-    if source.outputs[0].dtype not in (None, ir.DataType.FLOAT) or _computed(source.inputs[1]) != ir.DataType.FLOAT:
+    (codes, _), (scales, computed) = (_stored(value) for value in source.inputs)
+    if source.outputs[0].dtype not in (None, ir.DataType.FLOAT) or computed != ir.DataType.FLOAT:
         return None
     if codes is None or scales is None or len(codes.shape) != 2:
         return None
@@ -84,20 +83,12 @@ def _weight(graph: ir.Graph, node: ir.Node) -> Weight | None:
     return Weight(graph, str(codes.name), codes.numpy(), scales.numpy().astype(np.float32), block)
 
 
-def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """An initializer's tensor, also of one that is read through a Cast."""
+def _stored(value: ir.Value | None) -> tuple[ir.TensorProtocol | None, ir.DataType | None]:
+    """An initializer's tensor and the type it is read in, which a Cast may have changed."""
     producer = value.producer() if value is not None else None
-    if producer is not None and producer.op_type == "Cast":
-        value = producer.inputs[0]
-    return value.const_value if value is not None else None
-
-
-def _computed(value: ir.Value | None) -> ir.DataType | None:
-    """The type of a value that is stored, or read through a Cast."""
-    producer = value.producer() if value is not None else None
-    if producer is not None and producer.op_type == "Cast":
-        return ir.DataType(producer.attributes["to"].as_int())
-    return value.dtype if value is not None else None
+    if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
+        return producer.inputs[0].const_value, ir.DataType(producer.attributes["to"].as_int())
+    return (value.const_value, value.dtype) if value is not None else (None, None)
 
 
 class Weight:
@@ -108,14 +99,7 @@ class Weight:
         self.bits = 4 if codes.dtype == ml_dtypes.int4 else 8
 
     def _constant(self, what: str, array: Array) -> ir.Value:
-        """An initializer; the same one where it is there already."""
-        name = f"{self.name}.{what}"
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(array, name=name)
-            self.graph.initializers[name] = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-            )
-        return self.graph.initializers[name]
+        return initializer(self.graph, f"{self.name}.{what}", array)
 
     def rows(self, tape: ir.tape.Tape, ids: ir.Value | None) -> ir.Value:
         """Gather: rows as numbers."""

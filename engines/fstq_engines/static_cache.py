@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PreconditionError
 
+from fstq_engines.graph import initializer
 from fstq_infer.runtime.ort_caches import LENGTHS
 
 OPSET = 24
@@ -60,7 +62,7 @@ class StaticCache(InPlacePass):
             raise PreconditionError(f"{present.name} is made by {concat and concat.op_type}, expected a Concat")
         tape = ir.tape.Tape()
         made = tape.op("TensorScatter", [*concat.inputs, at], {"axis": 1})
-        _replace(graph, tape, concat, {present: made})
+        ir.convenience.replace_nodes_and_values(graph, concat, [concat], tape.nodes, [present], [made])
         for value in (past, made):
             value.shape = ir.Shape(["batch", f"room_{group}"])
 
@@ -83,9 +85,8 @@ class StaticCache(InPlacePass):
         out = tape.op("Attention", [states[0], *made, mask], {name: a.value for name, a in attributes.items()})
         if heads:
             out = tape.op("Reshape", [tape.op("Transpose", [out], {"perm": [0, 2, 1, 3]}), _constant(graph, 0, 0, -1)])
-        result, present_key, present_value = node.outputs[:3]
         shape = past_key.shape
-        _replace(graph, tape, node, {result: out, present_key: made[0], present_value: made[1]})
+        ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs[:3], [out, *made])
         for past, present in zip((past_key, past_value), made, strict=True):
             if shape is not None:
                 past.shape = present.shape = ir.Shape([f"room_{group}" if i == 2 else d for i, d in enumerate(shape)])
@@ -108,30 +109,10 @@ def probe_model() -> bytes:
 
 def _constant(graph: ir.Graph, *numbers: int) -> ir.Value:
     """A 1-D int64 initializer; equal ones are shared."""
-    name = f"fstq/static/{numbers}"
-    if name not in graph.initializers:
-        tensor = ir.tensor(list(numbers), dtype=ir.DataType.INT64, name=name)
-        kind = ir.TensorType(ir.DataType.INT64)
-        made = ir.Value(name=name, type=kind, shape=ir.Shape([len(numbers)]), const_value=tensor)
-        graph.initializers[name] = made
-    return graph.initializers[name]
+    return initializer(graph, f"fstq/static/{numbers}", np.array(numbers, np.int64))
 
 
 def _split(graph: ir.Graph, tape: ir.tape.Tape, state: ir.Value | None, heads: int) -> ir.Value:
     """(B, S, heads x size) -> (B, heads, S, size)."""
     apart = tape.op("Reshape", [state, _constant(graph, 0, 0, heads, -1)])
     return tape.op("Transpose", [apart], {"perm": [0, 2, 1, 3]})
-
-
-def _replace(graph: ir.Graph, tape: ir.tape.Tape, node: ir.Node, values: dict[ir.Value, ir.Value]) -> None:
-    """Put the tape's nodes in place of ``node``, whose outputs keep their names."""
-    graph.insert_before(node, tape.nodes)
-    outputs = list(graph.outputs)
-    for old, new in values.items():
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        for user, index in list(old.uses()):
-            user.replace_input_with(index, new)
-        for index, out in enumerate(outputs):
-            if out is old:
-                graph.outputs[index] = new
-    graph.remove(node, safe=True)

@@ -58,9 +58,9 @@ class Calibration:
     """The result: the stages' prune layers and probes, the chosen keep ratios, and what was measured (for the report).
 
     probes: None where a stage goes on with the scores of the one before. score: the sensitivities that the probes were
-    distilled from. keeps: of the prompt, after each stage. example: a
-    held-out item, its tokens' scores before the first stage, and which stay after the last. window: so many last
-    tokens always stay. auto: the share of the score mass that keeps the contract, if any.
+    distilled from. keeps: of the prompt, after each stage. example: a held-out item, its tokens' scores before the
+    first stage, and which stay after the last. window: so many last tokens always stay. auto: the share of the score
+    mass that keeps the contract, if any.
     """
 
     layers: tuple[int, ...]

@@ -67,8 +67,7 @@ def replaced(decoder: Decoder, known: Mapping[str, Weight], codes: Mapping[str, 
     """The model with dequantized weights in place of its own."""
     before = {name: known[name].matrix.copy() for name in codes}
     try:
-        for name, found in codes.items():
-            known[name].matrix[...] = found.dequantize()
+        _write(known, codes)
         yield
     finally:
         for name, original in before.items():
@@ -77,6 +76,9 @@ def replaced(decoder: Decoder, known: Mapping[str, Weight], codes: Mapping[str, 
 
 def quantize_in_place(decoder: Decoder, codes: Mapping[str, Quantized]) -> None:
     """Give a model dequantized weights for good: the reference that a quantized graph is checked against."""
-    known = weights(decoder)
+    _write(weights(decoder), codes)
+
+
+def _write(known: Mapping[str, Weight], codes: Mapping[str, Quantized]) -> None:
     for name, found in codes.items():
         known[name].matrix[...] = found.dequantize()

@@ -5,11 +5,10 @@ A matrix has outputs as rows and inputs as columns; a scale belongs to a row, or
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fstq_infer.errors import OptionError
+from fstq_infer.errors import OptionError, suggestion
 
 SCALE_BITS = 16
 
@@ -65,9 +64,3 @@ def named(name: str, what: str = "format") -> Format:
     if name in FORMATS:
         return FORMATS[name]
     raise OptionError(f"there is no {what} {name!a}; {suggestion(name, FORMATS)}")
-
-
-def suggestion(name: str, known: Mapping[str, object]) -> str:
-    """What was probably meant, or what there is."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!a}?" if close else f"expected one of {', '.join(list(known)[:12])}"

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fstq_infer.errors import OptionError
-from fstq_infer.quant.formats import FORMATS, named, suggestion
+from fstq_infer.errors import OptionError, suggestion
+from fstq_infer.quant.formats import FORMATS, named
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -147,7 +147,7 @@ class _Table:
         """Raises OptionError for another key."""
         for key in self.data:
             if key not in known:
-                meant = suggestion(key, dict.fromkeys(known))
+                meant = suggestion(key, known)
                 raise OptionError(f"{self.place}: there is no key {key!a:.80}; {meant}")
 
     def value(self, key: str, kind: type) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from fstq_infer.bundle import Bundle
-from fstq_infer.errors import OptionError
+from fstq_infer.errors import OptionError, suggestion
 from fstq_infer.lazy import load
 from fstq_infer.runtime.engine import Engine
 
@@ -28,11 +27,7 @@ def build_engine(
     directory: the engine's own; default: one in the user's cache. Raises OptionError for an unknown backend, and what
     the backend's builder raises.
     """
-    if backend not in BACKENDS:
-        close = difflib.get_close_matches(backend, BACKENDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the backends are {', '.join(BACKENDS)}"
-        raise OptionError(f"there is no backend {backend!r}; {hint}")
-    builder, _, extra = BACKENDS[backend]
+    builder, _, extra = _parts(backend)
     build = load(builder, f"backend {backend!r}", extra)
     built: Path = build(bundle, directory=directory, threads=threads, force=force)
     return built
@@ -49,9 +44,13 @@ def open_engine(
 
     On another provider than the CPU the bundle's own graph runs: engines are lowered for CPU kernels.
     """
+    _, loader, extra = _parts(backend)
     path = build_engine(bundle, backend, directory, threads) if provider == "cpu" else bundle.path
-    if backend not in BACKENDS:
-        build_engine(bundle, backend)  # says which backends there are
-    _, loader, extra = BACKENDS[backend]
     engine: Engine = load(loader, f"backend {backend!r}", extra)(path, bundle, threads=threads, provider=provider)
     return engine
+
+
+def _parts(backend: str) -> tuple[str, str, str]:
+    if backend not in BACKENDS:
+        raise OptionError(f"there is no backend {backend!r}; {suggestion(backend, BACKENDS, 'the backends are')}")
+    return BACKENDS[backend]

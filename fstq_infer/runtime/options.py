@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal
 
-from fstq_infer.errors import OptionError
+from fstq_infer.errors import OptionError, suggestion
 from fstq_infer.fisher.select import keep_count
 from fstq_infer.runtime.engine import Stage
 from fstq_infer.runtime.sampling import Sampling
@@ -75,9 +74,7 @@ def parse_options(given: Mapping[str, Any], defaults: Defaults, stages: Sequence
     """
     for name in given:
         if name not in NAMES:
-            close = difflib.get_close_matches(name, NAMES, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(NAMES)}"
-            raise OptionError(f"there is no option {name!r}; {hint}")
+            raise OptionError(f"there is no option {name!r}; {suggestion(name, NAMES, 'the options are')}")
     values = {name: value for name, value in given.items() if value is not None}
     max_tokens = values.get("max_tokens", defaults.max_tokens)
     if not isinstance(max_tokens, Integral) or isinstance(max_tokens, bool) or max_tokens < 1:

@@ -6,7 +6,6 @@ Only ids, positions, logits and kept indices are looked at; how keys and values 
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fstq_infer.bundle import Bundle
-from fstq_infer.errors import EngineError, MissingExtraError, OptionError
+from fstq_infer.errors import EngineError, MissingExtraError, OptionError, suggestion
 from fstq_infer.machine import physical_cores
 from fstq_infer.runtime.engine import Int64, Stage, Step
 from fstq_infer.runtime.ort_caches import LENGTHS, Graph, ReturnedCache, ReturnedCaches, SharedCache, SharedCaches
@@ -45,36 +44,35 @@ class OrtEngine:
         Raises MissingExtraError without onnxruntime, OptionError for an option, EngineError for a graph that cannot
         be loaded or is not of contract 1, and for CUDA where ONNX Runtime would silently use the CPU.
         """
-        self._ort = import_onnxruntime()
+        ort = import_onnxruntime()
         model = bundle.manifest.model
         self._stages, self._vocab, self._positions = bundle.manifest.stages, model.vocab_size, model.max_positions
         path = Path(directory, MODEL)
-        self._session = _open(self._ort, path, threads, provider)
-        in_place = any(port.name == LENGTHS for port in self._session.get_inputs())
+        session = _open(ort, path, threads, provider)
+        in_place = any(port.name == LENGTHS for port in session.get_inputs())
         if in_place and provider != "cpu":
             raise EngineError(f"{path} was built for the CPU; on {provider} the bundle's own graph runs: open that.")
         inputs, outputs = contract(model.layers, len(self._stages))
-        _check(path, self._session, inputs, outputs, len(self._stages), self._vocab)
+        _check(path, session, inputs, outputs, len(self._stages), self._vocab)
         fixed, groups = 2 + bool(self._stages), len(self._stages) + 1  # ids, positions and keep; the cache follows
-        native, options = _native(self._ort), self._ort.RunOptions()
+        options = ort.RunOptions()
         options.log_severity_level = ERRORS_ONLY
-        self._cpu = self._ort.OrtDevice.make("cpu", 0)._get_c_device()
-        where = self._ort.OrtDevice.make(provider, 0)._get_c_device()
+        cpu, where = (ort.OrtDevice.make(name, 0)._get_c_device() for name in ("cpu", provider))
         graph = Graph(
-            self._session,
-            native,
+            session,
+            _native(ort),
             options,
             list(inputs),
             list(outputs),
-            [(port.type, port.shape) for port in _named(self._session.get_inputs(), list(inputs)[fixed:])],
+            [(port.type, port.shape) for port in _named(session.get_inputs(), list(inputs)[fixed:])],
             groups,
-            [self._cpu] * groups + [where] * (len(inputs) - fixed),
+            [cpu] * groups + [where] * (len(inputs) - fixed),
         )
         borders = [0, *(stage.layer for stage in self._stages), model.layers]
         self._caches: ReturnedCaches | SharedCaches = (
             SharedCaches(graph, np.diff(borders).tolist(), self._vocab) if in_place else ReturnedCaches(graph)
         )
-        self._value, self._fixed = native.OrtValue, fixed
+        self._fixed = fixed
         self._given: tuple[Int64, ...] = (np.empty((0, 0), np.int64),) * 3  # nobody's
         self._values: list[Any] = []
         self._first: dict[int, tuple[Int64, ...]] = {}
@@ -144,7 +142,7 @@ class OrtEngine:
     def _wrap(self, *given: Int64) -> None:
         """OrtValues over the arrays' own memory: a caller that writes into the same ones each time needs no others."""
         arrays = tuple(np.ascontiguousarray(array, np.int64) for array in given)
-        self._values = [self._value.ortvalue_from_numpy(array, self._cpu) for array in arrays[: self._fixed]]
+        self._values = [self._caches.graph.wrap(array) for array in arrays[: self._fixed]]
         self._given = arrays  # keeps the memory; an array that had to be copied is not the caller's and never matches
 
 
@@ -186,9 +184,7 @@ def session_options(threads: int | None) -> Any:
 
 def _open(ort: ModuleType, path: Path, threads: int | None, provider: str) -> Any:
     if provider not in PROVIDERS:
-        close = difflib.get_close_matches(provider, PROVIDERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(PROVIDERS)}"
-        raise OptionError(f"there is no provider {provider!r} for ONNX Runtime; {hint}")
+        raise OptionError(f"there is no provider {provider!r} for ONNX Runtime; {suggestion(provider, PROVIDERS)}")
     wanted, options, level = PROVIDERS[provider], session_options(threads), ort.GraphOptimizationLevel
     if wanted not in ort.get_available_providers():
         raise EngineError(

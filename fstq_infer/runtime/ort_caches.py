@@ -138,8 +138,10 @@ class Buffers:
     Bound once as inputs and as outputs; the graph adds columns from ``lengths`` on.
     """
 
-    def __init__(self, graph: Graph, batch: int, sizes: Sequence[int], groups: Sequence[int], vocab: int) -> None:
-        """sizes: columns of each group. groups: that of each cached input."""
+    def __init__(
+        self, graph: Graph, batch: int, sizes: Sequence[int], groups: Sequence[int], logits: tuple[str, int]
+    ) -> None:
+        """sizes: columns of each group. groups: that of each cached input. logits: their type, and how many."""
         self.graph, self.batch, self.sizes, self.groups = graph, batch, tuple(sizes), groups
         self.filled: tuple[int, ...] | None = (0,) * len(self.sizes)  # None after a call that failed
         self.lengths = np.zeros(len(self.sizes), np.int64)
@@ -149,7 +151,7 @@ class Buffers:
             # Zeros, as 0 times what happens to lie in free memory may be NaN, masked or not.
             self.arrays.append(np.full(full, -1, np.int64) if len(full) == 2 else np.zeros(full, EMPTY[kind][0]))
         self._values = [graph.wrap(a, kind) for a, (kind, _) in zip(self.arrays, graph.ports, strict=True)]
-        kind = next(output.type for output in graph.session.get_outputs() if output.name == "logits")
+        kind, vocab = logits
         self.logits = np.zeros((batch, 1, vocab), EMPTY[kind][0])
         self._logits = graph.wrap(self.logits, kind)
         self._ones = np.zeros((batch, 1), np.int64)
@@ -203,7 +205,8 @@ class SharedCaches:
 
     def __init__(self, graph: Graph, layers: Sequence[int], vocab: int) -> None:
         """layers: number of decoder layers in each group."""
-        self.graph, self._vocab = graph, vocab
+        self.graph = graph
+        self._logits = (next(o.type for o in graph.session.get_outputs() if o.name == "logits"), vocab)
         by_layer = [group for group, count in enumerate(layers) for _ in range(2 * count)]
         self._groups = [*range(graph.groups), *by_layer]
         self._empty: dict[int, SharedCache] = {}
@@ -253,7 +256,7 @@ class SharedCaches:
         """New buffers with room for ``needed`` columns and some more, with the cache's own in it."""
         sizes = [count + max(ROOM, count // ROOM_SHARE) for count in needed]
         try:
-            made = Buffers(self.graph, cache.batch, sizes, self._groups, self._vocab)
+            made = Buffers(self.graph, cache.batch, sizes, self._groups, self._logits)
         except MemoryError as error:
             raise EngineError(
                 f"there is no memory for the keys and values of {cache.batch} x {max(needed)} tokens; use a shorter "

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
 import time
 import tracemalloc
 import zlib
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ pytest.importorskip("constriction", reason="messages need the 'federated' extra"
 from fstq_infer import errors
 from fstq_infer.federated import message as messages
 from fstq_infer.federated.tensors import TensorManifest
+from tests.loading import load_make
 
 from . import reference
 from .test_golden import FOLDER
@@ -27,16 +26,7 @@ from .test_golden import make as golden
 
 ATTACKS = Path(__file__).parent / "attacks"
 
-
-def load_make() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("attacks_make", ATTACKS / "make.py")
-    assert spec and spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-make = load_make()
+make = load_make(ATTACKS)
 MANIFEST = TensorManifest(make.SHAPES)
 WHOLE = (ATTACKS / "whole.fstm").read_bytes()
 

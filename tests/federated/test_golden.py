@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,21 +11,13 @@ pytest.importorskip("constriction", reason="messages need the 'federated' extra"
 
 from fstq_infer.federated import message as messages
 from fstq_infer.federated.codes import CODES
+from tests.loading import load_make
 
 from . import reference
 
 FOLDER = Path(__file__).parents[1] / "golden" / "messages"
 
-
-def load_make() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("golden_make", FOLDER / "make.py")
-    assert spec and spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-make = load_make()
+make = load_make(FOLDER)
 
 
 @pytest.mark.parametrize("case", make.CASES)
