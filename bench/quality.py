@@ -2,6 +2,7 @@
 
 python bench/quality.py --seeds 5      hours on 2 cores; writes results/quality.json
 python bench/quality.py --short        minutes: one seed, few items, the demo model; exits with 1 where a baseline wins
+python bench/quality.py --partial DIR  keeps what was measured for each model and seed in DIR, and goes on from there
 
 The probe's rows come from the exported ONNX Runtime engine: greedy text for first questions, teacher-forced tokens for
 second ones (asked about a context that was pruned for the first) and for continuations. Baselines prune in torch, at
@@ -34,6 +35,7 @@ from fstq_export.recipe import Recipe
 from fstq_export.reference import reference
 
 from fstq_infer import Generator
+from fstq_infer.atomic import replace_file
 from fstq_infer.fisher.gates import observe
 from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.prune import pruned_outcome
@@ -291,6 +293,21 @@ def measure(task: Task, seed: int, folder: Path) -> dict[str, Values]:
     return out
 
 
+def remembered(task: Task, seed: int, scratch: Path, partial: Path | None) -> dict[str, Values]:
+    """:func:`measure`, or what it found before and left in ``partial``."""
+    if partial is None:
+        return measure(task, seed, scratch)
+    path = partial / f"{task.name}-{seed}.json"
+    if not path.exists():
+        found = measure(task, seed, scratch)
+        rows = [[name, *key, values] for name, more in found.items() for key, values in more.items()]
+        replace_file(path, json.dumps(rows).encode())
+    out: dict[str, Values] = {}
+    for name, length, scorer, keep, values in json.loads(path.read_text(encoding="utf-8")):
+        out.setdefault(name, {})[length, scorer, keep] = values
+    return out
+
+
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high): 95 % bootstrap interval over items."""
     found = np.array(values, float)
@@ -350,6 +367,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--only", help="a task's name")
+    parser.add_argument("--partial", type=Path, help="folder of what has been measured so far")
     arguments = parser.parse_args()
     seeds = 1 if arguments.short else arguments.seeds
     values: dict[str, Values] = {}
@@ -360,7 +378,7 @@ def main() -> None:
                 if arguments.only not in (None, task.name):
                     continue
                 kinds |= {task.name: task, **({SECOND: task} if task.again else {})}
-                for name, found in measure(task, seed, Path(scratch)).items():
+                for name, found in remembered(task, seed, Path(scratch), arguments.partial).items():
                     for key, more in found.items():
                         values.setdefault(name, {}).setdefault(key, []).extend(more)
     if not values:
