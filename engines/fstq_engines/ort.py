@@ -148,6 +148,7 @@ def _lower(bundle: Bundle, out: Path) -> bool:
         import onnx_ir as ir
 
         from fstq_engines.quantized import QuantizedLayers
+        from fstq_engines.shortlist import Shortlist
         from fstq_engines.static_cache import StaticCache, probe_model
     except ModuleNotFoundError as error:
         raise MissingExtraError("Building an engine", error.name or "onnx_ir", "ort") from error
@@ -158,7 +159,7 @@ def _lower(bundle: Bundle, out: Path) -> bool:
     except Exception:  # ONNX Runtime's exceptions have no common base
         _log.info("this onnxruntime has no TensorScatter: the engine will copy its cache at each call")
     else:
-        passes.append(StaticCache([stage.layer for stage in bundle.manifest.stages]))
+        passes += [StaticCache([stage.layer for stage in bundle.manifest.stages]), Shortlist()]
     try:
         model = ir.passes.Sequential(*passes)(ir.load(bundle.file(MODEL))).model
     except (ir.passes.PassError, ir.passes.InvariantError) as error:

@@ -29,18 +29,21 @@ class Cache(Protocol):
         """Memory held by keys and values."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: that would triple the time to make one, and each token makes one
 class Step:
     """Result of one call.
 
     logits: (batch, vocab) float32 of each row's last token; the next call may write into the same memory.
     kept: for each stage, (batch, kept) columns of the call's ids that stayed, -1 for padding.
     cache: what the next call continues from.
+    shortlist: where the backend picks them, ids and values (batch, n) of each row's largest logits, in ascending order
+        of ids; equal logits of lower ids come first. Values are NaN where any of all the logits is not finite.
     """
 
     logits: Float32
     kept: tuple[Int64, ...]
     cache: Any
+    shortlist: tuple[Int64, Float32] | None = None
 
 
 class Engine(Protocol):

@@ -15,7 +15,7 @@ import numpy as np
 from fstq_infer.runtime.engine import Engine, Step
 from fstq_infer.runtime.options import Options
 from fstq_infer.runtime.result import Clock, Result, Timings
-from fstq_infer.runtime.sampling import Floats, Sampler
+from fstq_infer.runtime.sampling import Sampler
 from fstq_infer.runtime.text import TextStream, Tokenizer
 
 
@@ -46,9 +46,10 @@ class Row:
         """Number of tokens generated so far."""
         return len(self.history) - len(self.prompt)
 
-    def take(self, logits: Floats) -> str:
-        """Draw the next token from logits (vocab,); returns the text that it releases."""
-        token = self._sampler(logits, self.history)
+    def take(self, step: Step, row: int) -> str:
+        """Draw the next token from a row of the step's logits; returns the text that it releases."""
+        few = step.shortlist
+        token = self._sampler(step.logits[row], self.history, few and (few[0][row], few[1][row]))
         self.history.append(token)
         if token in self._ends or token in self._stops:
             self.finish = "eos" if token in self._ends else "stop"
@@ -111,7 +112,7 @@ class Run:
         while True:
             pieces = [""] * len(self.rows)
             for row in active:
-                pieces[row] = self.rows[row].take(step.logits[row])
+                pieces[row] = self.rows[row].take(step, row)
             self._clock.token()
             for row in active:
                 if self.rows[row].finish:

@@ -18,7 +18,15 @@ from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, MissingExtraError, OptionError, suggestion
 from fstq_infer.machine import physical_cores
 from fstq_infer.runtime.engine import Int64, Stage, Step
-from fstq_infer.runtime.ort_caches import LENGTHS, Graph, ReturnedCache, ReturnedCaches, SharedCache, SharedCaches
+from fstq_infer.runtime.ort_caches import (
+    LENGTHS,
+    SHORTLIST,
+    Graph,
+    ReturnedCache,
+    ReturnedCaches,
+    SharedCache,
+    SharedCaches,
+)
 
 MODEL = "model.onnx"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -26,6 +34,7 @@ Port = tuple[tuple[str, ...], int]  # accepted types, and rank
 INDICES: Port = (("tensor(int64)",), 2)
 LOGITS: Port = (("tensor(float)", "tensor(float16)"), 3)
 CACHED: Port = ((*LOGITS[0], "tensor(bfloat16)"), 4)  # NumPy has no bfloat16, but nobody looks into a cache
+OWN = (LENGTHS, *SHORTLIST)  # what engines may have beside the contract's
 ERRORS_ONLY = 3
 
 
@@ -116,7 +125,7 @@ class OrtEngine:
         if input_ids is not self._given[0] or position_ids is not self._given[1] or keep is not self._given[2]:
             self._wrap(input_ids, position_ids, keep)
         try:
-            found, made = self._caches.run(self._values, self._given, cache)
+            found, made, shortlist = self._caches.run(self._values, self._given, cache)
         except EngineError:
             raise
         except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -126,7 +135,7 @@ class OrtEngine:
             logits = logits.astype(np.float32)
         # A token alone stays; looking takes longer.
         kept = tuple(found[1:]) if shape[1] > 1 else self._alone(batch, position_ids)
-        return Step(logits, kept, made)
+        return Step(logits, kept, made, shortlist)
 
     def _alone(self, batch: int, position_ids: Int64) -> tuple[Int64, ...]:
         """Kept indices of single tokens; the same arrays for the same number of rows where none is padding."""
@@ -233,7 +242,7 @@ def _check(
     ):
         by_name = {item.name: item for item in found}
         wrong += [f"{what} {name} is missing" for name in expected if name not in by_name]
-        wrong += [f"{what} {name} is not expected" for name in by_name if name not in expected and name != LENGTHS]
+        wrong += [f"{what} {name} is not expected" for name in by_name if name not in expected and name not in OWN]
         for name, (types, rank) in expected.items():
             item = by_name.get(name)
             if item is not None and (item.type not in types or len(item.shape) != rank):

@@ -17,6 +17,7 @@ from fstq_infer.errors import EngineError
 from fstq_infer.runtime.engine import Int64
 
 LENGTHS = "past_lengths"  # the input that tells a graph which writes in place: (groups,) int64
+SHORTLIST = ("shortlist.ids", "shortlist.logits")  # outputs that such a graph may have
 EMPTY: dict[str, tuple[type[np.generic], int]] = {  # a NumPy type of that size, and TensorProto.DataType
     "tensor(int64)": (np.int64, 7),
     "tensor(float)": (np.float32, 1),
@@ -101,8 +102,8 @@ class ReturnedCaches:
             self._empty[batch] = ReturnedCache(batch, values, 0, self.graph.groups, self.graph.session)
         return self._empty[batch]
 
-    def run(self, given: Sequence[Any], arrays: Sequence[Int64], cache: Any) -> tuple[list[Array], Any]:
-        """Logits and, for several tokens, kept indices of each stage; and the new cache."""
+    def run(self, given: Sequence[Any], arrays: Sequence[Int64], cache: Any) -> tuple[list[Array], Any, None]:
+        """Logits and, for several tokens, kept indices of each stage; the new cache; no shortlist."""
         graph = self.graph
         feeds, fetched = graph.native.OrtValueVector(), graph.native.OrtValueVector()
         feeds.reserve(len(graph.inputs))
@@ -114,7 +115,7 @@ class ReturnedCaches:
         graph.session.run_with_ortvaluevector(graph.options, graph.inputs, feeds, graph.outputs, fetched, graph.devices)
         looked_at = graph.fetched if arrays[0].shape[1] > 1 else 1
         found = [fetched[index].numpy() for index in range(looked_at)]  # views of the values' memory
-        return found, ReturnedCache(cache.batch, fetched, graph.fetched, graph.groups, graph.session)
+        return found, ReturnedCache(cache.batch, fetched, graph.fetched, graph.groups, graph.session), None
 
 
 @dataclass(slots=True, eq=False)
@@ -139,25 +140,27 @@ class Buffers:
     """
 
     def __init__(
-        self, graph: Graph, batch: int, sizes: Sequence[int], groups: Sequence[int], logits: tuple[str, int]
+        self, graph: Graph, batch: int, sizes: Sequence[int], groups: Sequence[int], logits: tuple[str, int, int]
     ) -> None:
-        """sizes: columns of each group. groups: that of each cached input. logits: their type, and how many."""
+        """sizes: columns of each group. groups: of each cached input. logits: type, how many, and in a shortlist."""
         self.graph, self.batch, self.sizes, self.groups = graph, batch, tuple(sizes), groups
         self.filled: tuple[int, ...] | None = (0,) * len(self.sizes)  # None after a call that failed
-        self.lengths = np.zeros(len(self.sizes), np.int64)
+        self._before = np.zeros(len(self.sizes), np.int64)
+        self._begin = memoryview(self._before)  # written number by number, which is less work than an assignment
         self.arrays: list[Array] = []
         for (kind, shape), group in zip(graph.ports, groups, strict=True):
             full = (batch, shape[1], self.sizes[group], shape[3]) if len(shape) == 4 else (batch, self.sizes[group])
             # Zeros, as 0 times what happens to lie in free memory may be NaN, masked or not.
             self.arrays.append(np.full(full, -1, np.int64) if len(full) == 2 else np.zeros(full, EMPTY[kind][0]))
         self._values = [graph.wrap(a, kind) for a, (kind, _) in zip(self.arrays, graph.ports, strict=True)]
-        kind, vocab = logits
+        kind, vocab, few = logits
         self.logits = np.zeros((batch, 1, vocab), EMPTY[kind][0])
         self._logits = graph.wrap(self.logits, kind)
+        self.shortlist = (np.zeros((batch, few), np.int64), np.zeros((batch, few), np.float32)) if few else None
         self._ones = np.zeros((batch, 1), np.int64)
-        self._lengths = graph.wrap(self.lengths)
+        self._lengths = graph.wrap(self._before)
         self._single: Any = None
-        self._given: tuple[Any, ...] = ()
+        self._given: Sequence[Any] = ()
 
     def take(self, other: Buffers, lengths: Sequence[int]) -> None:
         """Copy the first columns of other buffers."""
@@ -170,12 +173,14 @@ class Buffers:
             mine[at] = theirs[at]
         self.filled = tuple(lengths)
 
-    def bind(self, given: Sequence[Any], single: bool) -> Any:
-        """A binding of all inputs and outputs; for a single token the same one, where the values given are the same."""
+    def bind(self, given: Sequence[Any], lengths: Sequence[int], single: bool) -> Any:
+        """A binding of all inputs and outputs; the same one for single tokens. lengths: columns that stay."""
+        for group, length in enumerate(lengths):
+            self._begin[group] = length
         if single and self._single is not None:
-            if any(value is not old for value, old in zip(given, self._given, strict=True)):
+            if given is not self._given:
                 self._bind_given(self._single, given)
-            self._given = tuple(given)
+                self._given = given
             return self._single
         graph, binding = self.graph, self.graph.session.io_binding()
         self._bind_given(binding, given)
@@ -191,8 +196,11 @@ class Buffers:
         for name, out, value in cached:  # last: outputs are found again in the order of their binding
             native.bind_ortvalue_input(name, value)
             native.bind_ortvalue_output(out, value)
+        if self.shortlist is not None:
+            for name, array, kind in zip(SHORTLIST, self.shortlist, ("tensor(int64)", "tensor(float)"), strict=True):
+                native.bind_ortvalue_output(name, graph.wrap(array, kind))
         if single:
-            self._single, self._given = binding, tuple(given)
+            self._single, self._given = binding, given
         return binding
 
     def _bind_given(self, binding: Any, given: Sequence[Any]) -> None:
@@ -206,9 +214,12 @@ class SharedCaches:
     def __init__(self, graph: Graph, layers: Sequence[int], vocab: int) -> None:
         """layers: number of decoder layers in each group."""
         self.graph = graph
-        self._logits = (next(o.type for o in graph.session.get_outputs() if o.name == "logits"), vocab)
+        outputs = {output.name: output for output in graph.session.get_outputs()}
+        few = outputs[SHORTLIST[0]].shape[1] if SHORTLIST[0] in outputs else 0
+        self._logits = (outputs["logits"].type, vocab, few)
         by_layer = [group for group, count in enumerate(layers) for _ in range(2 * count)]
         self._groups = [*range(graph.groups), *by_layer]
+        self._one = (1,) * graph.groups
         self._empty: dict[int, SharedCache] = {}
 
     def empty(self, batch: int) -> SharedCache:
@@ -217,20 +228,22 @@ class SharedCaches:
             self._empty[batch] = SharedCache(batch, None, (0,) * self.graph.groups, self.graph.session)
         return self._empty[batch]
 
-    def run(self, given: Sequence[Any], arrays: Sequence[Int64], cache: Any) -> tuple[list[Array], Any]:
-        """Logits, valid until the next call, and, for several tokens, kept indices of each stage; and the new cache."""
-        graph, lengths = self.graph, cache.lengths
+    def run(self, given: Sequence[Any], arrays: Sequence[Int64], cache: Any) -> tuple[list[Array], Any, Any]:
+        """Logits and, for several tokens, kept indices of each stage; the new cache; the shortlist, if there is one.
+
+        Logits and shortlist are valid until the next call.
+        """
+        graph, lengths, buffers = self.graph, cache.lengths, cache.buffers
         single = arrays[0].shape[1] == 1
-        needed = tuple(length + more for length, more in zip(lengths, self._most(arrays), strict=True))
-        buffers = cache.buffers
+        more = self._one if single else self._most(arrays)
+        needed = tuple(map(int.__add__, lengths, more))
         if buffers is None or buffers.filled != lengths or any(map(int.__gt__, needed, buffers.sizes)):
             buffers = self._moved(cache, needed)
-        buffers.lengths[:] = lengths
-        binding, buffers.filled = buffers.bind(given, single), None
+        binding, buffers.filled = buffers.bind(given, lengths, single), None
         graph.session.run_with_iobinding(binding, graph.options)
         if single:
             buffers.filled = needed
-            return [buffers.logits], SharedCache(cache.batch, buffers, needed, cache.session)
+            return [buffers.logits], SharedCache(cache.batch, buffers, needed, cache.session), buffers.shortlist
         outputs = binding._iobinding.get_outputs()
         kept = [outputs[index].numpy().copy() for index in range(1, graph.fetched)]  # .numpy() is a view
         filled = (needed[0], *(length + k.shape[1] for length, k in zip(lengths[1:], kept, strict=True)))
@@ -242,7 +255,7 @@ class SharedCaches:
         ):
             # Fewer stayed than there might have: attention over free columns costs as much as over any.
             cache.buffers = self._moved(cache, filled)
-        return [buffers.logits, *kept], cache
+        return [buffers.logits, *kept], cache, buffers.shortlist
 
     def _most(self, arrays: Sequence[Int64]) -> list[int]:
         """Most tokens that each group can get in this call: of those before, as many as the row with the most asks."""

@@ -64,8 +64,10 @@ class Sampler:
         self._filled = 0
         self._read = 0
 
-    def __call__(self, logits: Floats, history: Sequence[int]) -> int:
+    def __call__(self, logits: Floats, history: Sequence[int], largest: tuple[Ints, Floats] | None = None) -> int:
         """The next token id. logits: (vocab,), left as they are. history: prompt and generated ids so far.
+
+        largest: ids, ascending, and values of the largest logits, where somebody has picked them already.
 
         ``history`` must be the same growing sequence at every call: only what was added since the last one is read.
         Raises EngineError when the logits hold NaN or have no finite maximum.
@@ -73,22 +75,29 @@ class Sampler:
         penalty = self.sampling.repetition_penalty
         if penalty != 1:
             self._see(history, len(logits))
-        if self._uniform is None:
-            return self._over_all(logits, 0.0)
-        uniform = next(self._uniform)
-        if penalty >= 1 and 0 < self.sampling.top_k < len(logits) and logits.itemsize == 4:
-            token = self._among_few(logits, uniform)
+        greedy = self._uniform is None
+        uniform = 0.0 if self._uniform is None else next(self._uniform)
+        k = 1 if greedy else self.sampling.top_k
+        if penalty >= 1 and logits.itemsize == 4 and not (greedy and penalty == 1):  # NumPy finds a maximum sooner
+            token = None
+            if largest is not None and 0 < k < len(largest[0]):
+                values: list[float] = largest[1].tolist()
+                # Logits that were not picked may equal the smallest that was; where it is NaN, nothing reaches it.
+                token = self._among_few(largest[0], values, math.nextafter(min(values), math.inf), k, uniform)
+            elif not greedy and 0 < k < len(logits):
+                ids, top, bound = shortlist(logits, k if penalty == 1 else min(2 * k, len(logits)))
+                if len(ids) <= FEW:
+                    token = self._among_few(ids, top.tolist(), bound, k, uniform)
             if token is not None:
                 return token
         return self._over_all(logits, uniform)
 
-    def _among_few(self, logits: Floats, uniform: float) -> int | None:
-        """The token, drawn from a shortlist of float32 logits; None where that would not be the same as from all."""
-        k, penalty = self.sampling.top_k, self.sampling.repetition_penalty
-        ids, top, bound = shortlist(logits, k if penalty == 1 else min(2 * k, len(logits)))
-        if len(ids) > FEW:
-            return None
-        values: list[float] = top.tolist()
+    def _among_few(self, ids: Ints, values: list[float], bound: float, k: int, uniform: float) -> int | None:
+        """The token, drawn from the values of all float32 logits that reach a bound; their ids ascend.
+
+        None where that would not be the same as from all.
+        """
+        penalty = self.sampling.repetition_penalty
         if penalty != 1:
             factor, seen = float(np.float32(penalty)), self._seen
             hits = [place for place, token in enumerate(ids.tolist()) if token in seen]
@@ -97,8 +106,11 @@ class Sampler:
             for place, value in zip(hits, lowered, strict=True):
                 values[place] = value
         ranked = sorted(values, reverse=True)
-        if ranked[k - 1] < bound:  # a penalty above 1 raises nothing: while k logits reach the bound, no other can pass
+        # A penalty above 1 raises nothing: while k logits reach the bound, no other can pass.
+        if not ranked[k - 1] >= bound:  # as NaN does not
             return None
+        if self._uniform is None:
+            return int(ids.item(values.index(ranked[0])))
         kept, weights = _few(values, ranked, self.sampling)
         return int(ids.item(_locate(values, kept, _draw(weights, uniform))))
 

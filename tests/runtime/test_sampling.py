@@ -172,8 +172,14 @@ def test_penalty_reads_only_what_is_new_and_leaves_the_logits_alone() -> None:
 class OverAll(Sampler):
     """A sampler that never draws from a shortlist."""
 
-    def _among_few(self, logits: np.ndarray, uniform: float) -> None:
+    def _among_few(self, *_: object) -> None:
         return None
+
+
+def largest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a backend may hand on."""
+    ids = np.sort(np.argsort(-logits, kind="stable")[:count])
+    return ids, logits[ids] if np.isfinite(logits).all() else np.full(len(ids), np.nan, np.float32)
 
 
 @settings(max_examples=150, deadline=None)
@@ -183,23 +189,36 @@ class OverAll(Sampler):
     top_k=st.sampled_from([1, 2, 20, 50, 300]),
     top_p=st.sampled_from([0.3, 0.95, 1.0]),
     penalty=st.sampled_from([1.0, 1.1, 3.0, 0.8]),
-    ties=st.booleans(),
+    temperature=st.sampled_from([0.9, 0.9, 0.0]),
+    kind=st.sampled_from(["plain", "ties", "masked"]),
     often=st.booleans(),
+    picked=st.sampled_from([0, 64, 128]),
 )
 def test_the_shortlist_draws_what_all_logits_draw(
-    size: int, seed: int, top_k: int, top_p: float, penalty: float, ties: bool, often: bool
+    size: int,
+    seed: int,
+    top_k: int,
+    top_p: float,
+    penalty: float,
+    temperature: float,
+    kind: str,
+    often: bool,
+    picked: int,
 ) -> None:
-    sampling = Sampling(0.9, top_k, top_p, penalty, seed)
+    """picked: number of logits that the backend has picked already."""
+    sampling = Sampling(temperature, top_k, top_p, penalty, seed)
     few, over_all = Sampler(sampling), OverAll(sampling)
     history = np.random.default_rng(seed).integers(0, size, 200).tolist()
     for step in range(4):
         logits = random_logits(size, seed + step)
-        if ties:
+        if kind == "ties":
             logits = np.round(logits)
+        if kind == "masked":
+            logits[::3] = -np.inf
         if often:  # so many likely tokens were seen that the shortlist does not do
             history += np.argsort(-logits)[: 3 * top_k].tolist()
         before = logits.copy()
-        history.append(few(logits, history))
+        history.append(few(logits, history, largest(logits, picked) if picked else None))
         assert over_all(logits, history[:-1]) == history[-1]
         assert np.array_equal(logits, before)
 
@@ -246,8 +265,10 @@ def test_draw_at_the_very_end_avoids_weight_zero() -> None:
 def test_broken_logits_are_an_engine_error(bad: float, temperature: float) -> None:
     logits = random_logits(100, 0)
     logits[40] = bad
-    with pytest.raises(EngineError, match="largest logit"):
-        Sampler(Sampling(temperature))(logits, [])
+    for sampling in (Sampling(temperature), Sampling(temperature, top_k=5, repetition_penalty=1.1)):
+        for picked in (None, largest(logits, 20)):
+            with pytest.raises(EngineError, match="largest logit"):
+                Sampler(sampling)(logits, [3], picked)
     with pytest.raises(EngineError, match="largest logit"):
         Sampler(Sampling(temperature))(np.full(5, -np.inf, np.float32), [])
     logits[40] = -np.inf  # masked tokens are fine
