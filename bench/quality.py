@@ -65,7 +65,7 @@ class Task:
     """A model, calibration data, and tests by prompt length; measured as exact match or as nll (nats per token).
 
     wanted: least exact match over dense, by keep. again: asked about contexts that were pruned for another question.
-    stages: prune layers at which two stages are compared with one.
+    stages: prune layers at which two stages are compared with one, by the first seed.
     """
 
     name: str
@@ -130,7 +130,7 @@ def tasks(folder: Path, seed: int, short: bool) -> list[Task]:
     """What is measured; for each seed other draws of the same generators."""
     lengths = (256,) if short else (512, 1000)
     calibration = (128, 256) if short else (256, 512, 1000)
-    count, asked = (300, 60) if short else (900, 200)
+    count, asked = (300, 60) if short else (900, 120)
     demo = Task(
         DEMO,
         MODEL,
@@ -138,7 +138,7 @@ def tasks(folder: Path, seed: int, short: bool) -> list[Task]:
         questions(folder / "demo.jsonl", "valid", calibration, count, 1000 + seed),
         {n: Test(data.read(questions(folder / f"demo-{n}.jsonl", "test", (n,), asked, 2000 + seed))) for n in lengths},
         {0.5: 0.995, 0.25: 0.99, 0.125: 0.96},
-        again=None if short else {n: second_questions(n, asked, 3000 + seed) for n in lengths},
+        again=None if short else {n: second_questions(n, asked // 2, 3000 + seed) for n in lengths},
         stages=None if short else (1, 2),
     )
     recall, items, told = SHARED / "models" / RECALL, SHARED / "data" / "recall", SHARED / "models" / STORIES
@@ -282,7 +282,7 @@ def measure(task: Task, seed: int, folder: Path) -> dict[str, Values]:
             kept = float(np.mean(values[length, "kept", 0.0]))
             values[length, "fixed at that keep", 0.0] = engine_hits(generator, test, kept)[0]
         values |= {(length, *key): v for key, v in baselines(task, test, recipe, task.metric).items()}
-    if task.stages is not None:
+    if task.stages is not None and seed == 0:
         out[task.name] |= stages(task, task.stages, seed, folder)
     for length, test in (task.again or {}).items():
         values = out.setdefault(SECOND, {})

@@ -184,7 +184,7 @@ class Calibrator:
         best = min(trials, key=held.rating)
         spans = [trial(best.kind, best.layer, best.score, best.probe.with_span(n)) for n in SPANS]
         best = min((best, *spans), key=held.rating)
-        if best.score == "gate":
+        if best.score == "gate" and held.rating(best) > held.best_rating(best):
             # Tuning lifts gate-distilled probes; those distilled from embedding scores lost by it at every setting.
             tuned = trial("tuned", best.layer, best.score, self._tuned(best, seen, cuts))
             best = min((best, tuned), key=held.rating)

@@ -161,6 +161,10 @@ class HeldOut:
         work = min((self.cost(trial, keep) for keep in allowed), default=2.0)
         return work, sum(max(lost, 0.0) for lost in drops.values())
 
+    def best_rating(self, trial: Trial) -> tuple[float, float]:
+        """What no trial at the same layers can be better than: no damage at any keep ratio."""
+        return min(self.cost(trial, keep) for keep in COMPARE), 0.0
+
     def candidates(self) -> list[dict[str, Any]]:
         """A row for every setting of a probe that was measured."""
         total = len(self.decoder.layers)

@@ -119,6 +119,11 @@ class Present:
             valid[row, size - len(indices) :] = True
         return cls(columns, valid)
 
+    @property
+    def alone(self) -> Present:
+        """The same tokens when no others are left."""
+        return Present(torch.arange(self.columns.shape[1]).expand_as(self.columns), self.valid)
+
     def take(self, states: torch.Tensor) -> torch.Tensor:
         """(B, S, ...) -> (B, K, ...)."""
         return states[torch.arange(len(states))[:, None], self.columns]
@@ -144,12 +149,18 @@ def left(cuts: Sequence[Cut], indices: Sequence[int], batch: Batch) -> Present:
     return Present.of(batch, [cuts[-1].kept[i] for i in indices] if cuts else None)
 
 
-def features(seen: Seen, layer: int, batch: Batch, present: Present, queries: int) -> ProbeInput:
-    """What a probe before ``layer`` reads; needs hidden 0, hidden ``layer`` and attention ``layer - 1`` watched."""
+def features(
+    seen: Seen, layer: int, batch: Batch, present: Present, queries: int, now: Present | None = None
+) -> ProbeInput:
+    """What a probe before ``layer`` reads; needs hidden 0, hidden ``layer`` and attention ``layer - 1`` watched.
+
+    now: where the same tokens are in what the layer sees, if others have left.
+    """
+    now = now or present
     return ProbeInput.of(
-        present.take(seen.hidden[layer]),
+        now.take(seen.hidden[layer]),
         present.take(seen.hidden[0]),
-        present.attention(seen.attention[layer - 1], queries),
+        now.attention(seen.attention[layer - 1], queries),
         present.take(batch.ids),
         present.valid,
         present.valid & (present.columns >= batch.prompt - queries),

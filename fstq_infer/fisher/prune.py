@@ -1,21 +1,24 @@
-"""The reference for pruning in torch: dropped tokens are masked as keys in every layer from the prune layer on.
+"""The reference for pruning in torch: tokens leave before a decoder layer of any Hugging Face model, through hooks.
 
-For the tokens that stay this computes what removing the others computes; the exported graph really removes them.
-Calibration measures with it, verification compares the graph with it.
+Calibration measures with it, verification compares the exported graph with it. What is computed equals masking the
+dropped tokens as keys in every layer from the prune layer on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from fstq_infer.errors import UnsupportedModelError
 from fstq_infer.fisher.gates import Present, features, outcome, run
-from fstq_infer.fisher.hooks import Decoder, Seen, drop_bias, watch
+from fstq_infer.fisher.hooks import NEVER, Decoder, Seen, causal_bias, watch
 from fstq_infer.fisher.items import Batch, Cut, Item, batches
 from fstq_infer.fisher.probe import Probe
 
@@ -31,32 +34,105 @@ def pruning(
 ) -> Iterator[list[list[Int64]]]:
     """Prunes the batch before each of ``layers``, in a forward pass within; yields the tokens of each row by stage.
 
-    The first entry holds all tokens, entry n what stays after stage n, once the pass is over.
+    The first entry holds all tokens, entry n what stays after stage n, once the pass is over. Raises
+    UnsupportedModelError for a model whose layers read something else by token than hidden states, masks and positions.
     """
     kept: list[list[Int64]] = [[np.arange(n) for n in batch.lengths]]
     scores = [np.zeros(0, np.float32)] * len(kept[0])
     scored = [layer for layer, probe in zip(layers, probes, strict=True) if probe is not None]
+    present = Present.of(batch)
+    left = _Left(batch)
 
     def stage(number: int) -> Callable[[Seen], None]:
         def apply(seen: Seen) -> None:
+            nonlocal present
             layer, probe, there = layers[number], probes[number], kept[number]
             if probe is not None:
-                present = Present.of(batch, there)
-                found = probe(features(seen, layer, batch, present, probe.queries)).float().numpy()
-                scores[:] = [row[valid] for row, valid in zip(found, present.valid.numpy(), strict=True)]
+                now = present.alone if number else present
+                found = probe(features(seen, layer, batch, present, probe.queries, now)).float().numpy()
+                scores[:] = [row[valid] for row, valid in zip(found, now.valid.numpy(), strict=True)]
             stay = [choose(number, row, *known) for row, known in enumerate(zip(there, scores, strict=True))]
             kept.append(stay)
             if len(scores[0]):
                 parts = zip(scores, there, stay, strict=True)
                 scores[:] = [own[np.isin(tokens, left)] for own, tokens, left in parts]
-            seen.bias.update(dict.fromkeys(range(layer, len(decoder.layers)), drop_bias(kept[-1], batch)))
+            present = Present.of(batch, stay)
+            left.only(present)
 
         return apply
 
     before = {layer: stage(number) for number, layer in enumerate(layers)}
     looks = tuple(layer - 1 for layer in scored)
-    with torch.no_grad(), watch(decoder, hidden=(0, *scored) if scored else (), attention=looks, before=before):
+    with torch.no_grad(), ExitStack() as stack:
+        stack.enter_context(watch(decoder, hidden=(0, *scored) if scored else (), attention=looks, before=before))
+        for layer in layers:  # after the hooks of watch, which call ``before``
+            hook = decoder.layers[layer].register_forward_pre_hook(left.take, with_kwargs=True)
+            stack.callback(hook.remove)
+        for module in decoder.attentions[min(layers, default=len(decoder.layers)) :]:
+            hook = module.register_forward_pre_hook(left.narrow, with_kwargs=True)
+            stack.callback(hook.remove)
+        stack.callback(decoder.layers[-1].register_forward_hook(left.put_back).remove)
         yield kept
+
+
+class _Left:
+    """The columns of a batch that are still there, and the hooks that leave out all others."""
+
+    def __init__(self, batch: Batch) -> None:
+        rows, self.total = batch.ids.shape
+        self.answers = torch.arange(batch.prompt, self.total).expand(rows, -1)
+        self.before = self.columns = torch.arange(self.total).expand(rows, -1)
+        self.valid = batch.valid
+
+    def only(self, present: Present) -> None:
+        """These tokens of the prompts, and the answers."""
+        self.before = self.columns
+        self.columns = torch.cat([present.columns, self.answers], 1)
+        self.valid = torch.cat([present.valid, torch.ones_like(self.answers, dtype=torch.bool)], 1)
+
+    def take(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """At a prune layer: the hidden states of those that stay."""
+        states = args[0] if args else kwargs["hidden_states"]
+        places = torch.searchsorted(self.before.contiguous(), self.columns.contiguous())
+        states = _rows(states, places)
+        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+    def put_back(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """After the last layer: states in their columns again, zeros in all others. Some models count on the shape."""
+        states = output[0] if isinstance(output, tuple) else output
+        whole = states.new_zeros(len(states), self.total, states.shape[-1])
+        rows, places = self.valid.nonzero(as_tuple=True)
+        whole[rows, self.columns[rows, places]] = states[rows, places]
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    def narrow(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """At an attention module: masks and positions of those that stay; padding is nobody's key but its own."""
+        states = args[0] if args else kwargs["hidden_states"]
+        columns, changed = self.columns, dict(kwargs)
+        mask = causal_bias(kwargs.get("attention_mask"), states.new_empty(1, self.total)).expand(
+            len(states), -1, -1, -1
+        )
+        mask = _rows(_rows(mask.transpose(1, 2), columns).permute(0, 3, 1, 2), columns).permute(0, 3, 2, 1)
+        hidden = ~self.valid[:, None] & ~torch.eye(columns.shape[1], dtype=torch.bool)
+        changed["attention_mask"] = mask.masked_fill(hidden[:, None], NEVER)
+        for name, value in kwargs.items():
+            if name == "position_embeddings" and isinstance(value, tuple):
+                changed[name] = tuple(_rows(part.expand(len(states), *part.shape[1:]), columns) for part in value)
+            elif name == "position_ids" and isinstance(value, torch.Tensor):
+                changed[name] = _rows(value.expand(len(states), -1), columns)
+            elif name not in ("attention_mask", "hidden_states", "cache_position") and self.total in getattr(
+                value, "shape", ()
+            ):
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} reads {name} {tuple(value.shape)} for each token; token pruning knows "
+                    "hidden states, attention masks and positions. Export the model without --calib"
+                )
+        return args, changed
+
+
+def _rows(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(B, S, ...) -> (B, K, ...)."""
+    return values[torch.arange(len(values))[:, None], columns]
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ class Buffers:
         self.graph, self.batch, self.sizes, self.groups = graph, batch, tuple(sizes), groups
         self.filled: tuple[int, ...] | None = (0,) * len(self.sizes)  # None after a call that failed
         self._before = np.zeros(len(self.sizes), np.int64)
-        self._begin = memoryview(self._before)  # written number by number, which is less work than an assignment
+        self._begin = self._before.data  # written number by number, which is less work than an assignment
         self.arrays: list[Array] = []
         for (kind, shape), group in zip(graph.ports, groups, strict=True):
             full = (batch, shape[1], self.sizes[group], shape[3]) if len(shape) == 4 else (batch, self.sizes[group])
@@ -156,7 +156,8 @@ class Buffers:
         kind, vocab, few = logits
         self.logits = np.zeros((batch, 1, vocab), EMPTY[kind][0])
         self._logits = graph.wrap(self.logits, kind)
-        self.shortlist = (np.zeros((batch, few), np.int64), np.zeros((batch, few), np.float32)) if few else None
+        shape = (batch, few)
+        self.shortlist = (np.zeros(shape, np.int64), np.zeros(shape, np.float32)) if few else None
         self._ones = np.zeros((batch, 1), np.int64)
         self._lengths = graph.wrap(self._before)
         self._single: Any = None
@@ -197,8 +198,9 @@ class Buffers:
             native.bind_ortvalue_input(name, value)
             native.bind_ortvalue_output(out, value)
         if self.shortlist is not None:
-            for name, array, kind in zip(SHORTLIST, self.shortlist, ("tensor(int64)", "tensor(float)"), strict=True):
-                native.bind_ortvalue_output(name, graph.wrap(array, kind))
+            ids, largest = self.shortlist
+            native.bind_ortvalue_output(SHORTLIST[0], graph.wrap(ids))
+            native.bind_ortvalue_output(SHORTLIST[1], graph.wrap(largest, "tensor(float)"))
         if single:
             self._single, self._given = binding, given
         return binding
