@@ -3,8 +3,8 @@
     python jetson/benchmark.py my.bundle --out results          # on the device; writes JSON, Markdown and plots
     python jetson/benchmark.py my.bundle --prompts 128,512 --keep 1.0,0.5 --repeats 5
 
-Off a Jetson it runs on the CPU, says so and leaves power out. Runs are interleaved after a warm-up; medians. Power comes
-from passes of their own that last long enough for the sensors: prefill after prefill, then decode after decode.
+Off a Jetson it runs on the CPU, says so and leaves power out. Runs are interleaved after a warm-up; medians. Power
+comes from passes of their own that last long enough for the sensors: prefill after prefill, then decode after decode.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Bench:
         rows = []
         for prompt in prompts:
             ids = rng.integers(0, engine.vocab_size, (1, prompt))
-            self._cool(plan.cool)
+            self._cool(plan.cool, prompt)
             runs: dict[float, list[Run]] = {keep: [] for keep in plan.keeps}
             for round_ in range(plan.repeats + 1):
                 for keep in plan.keeps:
@@ -135,7 +135,7 @@ class Bench:
             "memory_mb": max(memory) if memory else None,
         }
 
-    def _cool(self, limit: float) -> None:
+    def _cool(self, limit: float, prompt: int) -> None:
         """Wait until the hottest zone is below the limit, or two minutes."""
         until = self.clock() + LONGEST_COOLING
         while self.facts.jetson and self.meter is not None:
@@ -145,7 +145,7 @@ class Bench:
             if not heat or heat[-1] < limit:
                 return
             if self.clock() > until:
-                self.notes.append(f"did not cool below {limit:g} degrees Celsius in {LONGEST_COOLING:g} s")
+                self.notes.append(f"prompt {prompt}: still above {limit:g} degrees Celsius after {LONGEST_COOLING:g} s")
                 return
 
 
@@ -200,8 +200,17 @@ def result(bench: Bench, plan: Plan, rows: list[dict[str, Any]], name: str, engi
         "power_source": bench.meter.name if bench.meter else None,
         "plan": asdict(plan),
         "notes": bench.notes,
-        "rows": rows,
+        "rows": _rounded(rows),
     }
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to six digits, as deep as they are."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def profile_for(facts: Facts, wanted: str | None) -> device.Profile | None:

@@ -42,8 +42,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         clocks = f"{found['gpu_mhz'][0]:.0f} to {found['gpu_mhz'][1]:.0f} MHz" if found["gpu_mhz"] else "not known"
         locked = {True: "locked", False: "**not locked**", None: "not known"}[found["clocks_locked"]]
         lines += [
-            f"- {found['jetson']}; Jetson Linux {found['l4t']}, JetPack {found['jetpack']}, CUDA {found['cuda']}, "
-            f"TensorRT {found['tensorrt']}",
+            f"- {found['jetson']}; Jetson Linux {found['l4t']}, JetPack {found['jetpack']}, "
+            f"CUDA {found['cuda'] or 'absent'}, TensorRT {found['tensorrt'] or 'not importable'}",
             f"- power mode {found['power_mode']}, GPU clock {clocks}, {locked}; power from "
             f"{content['power_source'] or 'nothing'}",
         ]

@@ -49,7 +49,7 @@ def doctor(*, json: bool, record: Path | None, replay: Path | None) -> int:
     if record is not None:
         try:
             replace_file(record, recorder.to_json().encode())
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise OptionError(
                 f"--record {record} cannot be written: {error}; name a file in an existing folder"
             ) from error
