@@ -116,7 +116,8 @@ class Bench:
         phases, all_samples = {}, []
         for phase in ("prefill", "decode"):
             self.meter.start()
-            runs, until = [], self.clock() + plan.power_seconds
+            runs: list[Run] = []
+            until = self.clock() + plan.power_seconds
             while not runs or self.clock() < until:
                 # Two tokens are the fewest with a decode step; its share of such a run is cut off below.
                 runs.append(once(self.generator, ids, 2 if phase == "prefill" else plan.new_tokens, keep, self.clock))

@@ -109,12 +109,13 @@ class Jtop:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         from jtop import jtop  # type: ignore[import-not-found]
 
-        self._clock, self._samples = clock, []
+        self._clock = clock
+        self._samples: list[Sample] = []
         self._jtop = jtop(interval=INTERVAL * 5)
 
     def start(self) -> None:
         """See Meter."""
-        self._samples: list[Sample] = []
+        self._samples = []
         self._jtop.attach(lambda j: self._samples.append(from_jtop(j.power, j.temperature, self._clock())))
         self._jtop.start()
 
