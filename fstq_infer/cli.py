@@ -268,7 +268,7 @@ def plan(
     bundle: Annotated[Path | None, typer.Argument(help="The bundle's directory.", show_default=False)] = None,
     device: Annotated[
         list[str] | None,
-        typer.Option(help="A device's name, 'all', or a profile's file (.toml); may be given several times."),
+        typer.Option(help="A device's name, 'all', or a profile's file; several times for several; default: this one."),
     ] = None,
     mode: Annotated[str | None, typer.Option(help="Power mode, such as 15W; default: the profile's.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 1024,

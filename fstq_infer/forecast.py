@@ -13,6 +13,8 @@ from rich.table import Table
 from fstq_infer import device
 from fstq_infer.bundle import Bundle
 from fstq_infer.device import Profile
+from fstq_infer.doctor.environment import Environment, Machine
+from fstq_infer.doctor.facts import memory_of, power_of
 from fstq_infer.errors import OptionError
 from fstq_infer.roofline import Decoder, Linear, Prediction, predict
 from fstq_infer.runtime.options import keep_counts, keep_ratios
@@ -55,7 +57,7 @@ def plan(
         raise OptionError("--prompt-tokens and --new-tokens must be at least 1")
     profiles = [device.find(name) for name in (device.names() if list(devices) == ["all"] else devices)]
     if not profiles:
-        raise OptionError(f"no --device is given; expected 'all' or one of {', '.join(device.names())}")
+        profiles = [_here(Machine())]
     if mode is not None:
         profiles = [profile.in_mode(mode) for profile in profiles]
     bundle = Bundle.open(path, checksums=False)
@@ -77,6 +79,20 @@ def plan(
         if "fp32" in formats:
             out.print("The weights are fp32, as the bundle stores them; --precision fp16 or int4-128 shows others.")
     return 0
+
+
+def _here(env: Environment) -> Profile:
+    """The device that this is, in its power mode. Raises OptionError where it is none."""
+    found, memory = None, memory_of(env)
+    if memory is not None:
+        found = device.matching(env.read("/proc/device-tree/model") or "", memory.total)
+    if found is None:
+        raise OptionError(
+            f"no --device is given, and this is none; expected 'all' or one of {', '.join(device.names())}"
+        )
+    power = power_of(env)
+    known = {name.casefold() for name in found.modes}
+    return found.in_mode(power.mode) if power and power.mode and power.mode.casefold() in known else found
 
 
 def predict_rows(

@@ -18,6 +18,7 @@ from fstq_infer.shape import decoder_of
 from tests.conftest import LAYERS, VOCABULARY, WIDTH, write_bundle
 from tests.export.families import FAMILIES, make
 from tests.export.families import WIDTH as WIDE
+from tests.jetson.scripts import ROOT, environment
 
 SHAPES = sorted([(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)])
 
@@ -136,6 +137,32 @@ def test_wrong_input(
 ) -> None:
     with pytest.raises(FstqError, match=words):
         plan(tiny_bundle.path, capsys, **changes)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("orin-nano", "15W"), ("agx-orin-64gb", "MAXN"), ("thor", "120W")])
+def test_on_a_device_it_is_the_default(name: str, mode: str) -> None:
+    found = forecast._here(environment(name))
+    assert (found.name, found.mode.name) == (name, mode)
+
+
+def test_a_laptop_is_no_device() -> None:
+    with pytest.raises(OptionError, match="this is none"):
+        forecast._here(environment("laptop"))
+
+
+def test_the_page_shows_what_is_computed() -> None:
+    """The table in docs/jetson.md, of published and predicted speeds."""
+    page = (ROOT / "docs" / "jetson.md").read_text(encoding="utf-8")
+    rows = [row for row in forecast.compare() if row["default"]]
+    lines = [line for line in page.splitlines() if line.startswith("| Qwen3-")]
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        published, predicted, ratio = (cell.split()[0] for cell in line.strip("| ").split(" | ")[3:])
+        assert (float(published), float(predicted), float(ratio)) == (
+            row["published"],
+            row["predicted"],
+            row["ratio"],
+        ), line
 
 
 def test_no_bundle(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -142,6 +142,9 @@ def wheels(facts: Facts) -> list[Finding]:
         made.append(
             Finding("wheels", "warning", f"wheels for other ARM servers are installed: {', '.join(foreign)}", todo)
         )
+    if facts.jetson and "tensorrt-rtx" in facts.packages:
+        found = "tensorrt-rtx is installed, which runs neither on Orin (SM 8.7) nor on Thor (SM 11.0)"
+        made.append(Finding("wheels", "warning", found, "pip uninstall tensorrt-rtx; it lints on other machines"))
     return made or [Finding("wheels", "ok", f"Python {facts.python}; no wheels that are known to clash")]
 
 

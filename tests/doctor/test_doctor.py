@@ -87,6 +87,7 @@ def test_jetpack_releases(nano: Facts) -> None:
         ({"onnxruntime": None}, software.onnxruntime, "error", "cannot be imported"),
         ({"packages": {"numpy": "2.2", "onnxruntime": "1.18.0"}}, software.wheels, "error", "built for NumPy 1"),
         ({"packages": {"nvidia-cudnn-cu12": "9"}}, software.wheels, "warning", "other ARM servers"),
+        ({"packages": {"tensorrt-rtx": "1.7"}}, software.wheels, "warning", "neither on Orin"),
         ({"python": "3.8.10"}, software.wheels, "error", "older than 3.10"),
         ({"profile": None}, software.device, "warning", "no profile"),
         ({"memory": None}, hardware.memory, "info", "not known"),
