@@ -223,7 +223,7 @@ def profile_for(facts: Facts, wanted: str | None) -> device.Profile | None:
     return profile
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu or cuda")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default=None, help="profile for the roofline column; default: this device's")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
         _main(given)
     except (FstqError, OSError) as error:

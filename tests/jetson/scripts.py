@@ -99,7 +99,7 @@ def recorded_result(name: str, **changes: Any) -> dict[str, Any]:
     bench = benchmark.Bench(
         Generator(engine, small_tokenizer()), env, facts, profile, decoder, meter, clock, clock.pass_by
     )
-    given = {"prompts": (128, 512, 4096), "keeps": (1.0, 0.25), "new_tokens": 16, "repeats": 2, "power_seconds": 2.0}
+    given = {"prompts": (128, 512, 4096), "keeps": (1.0, 0.25), "new_tokens": 16, "repeats": 2, "power_seconds": 1.0}
     plan = benchmark.Plan(**(given | changes))
     return benchmark.result(
         bench, plan, bench.run(plan), "toy.bundle", {"backend": "toy", "provider": "cpu", "peak_rss": 2**27}
