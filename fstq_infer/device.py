@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fstq_infer.errors import OptionError, suggestion
-from fstq_infer.strict_toml import Table, load
+from fstq_infer.quant.toml import Table, load
 
 FORMAT, VERSION = "fstq-device", 1
 LARGEST = 64 << 10
@@ -33,13 +33,14 @@ class Mode:
 class Estimate:
     """What the roofline assumes of software: shares of the peaks that it reaches, and fixed costs.
 
-    bandwidth, compute: in (0, 1]. layer_seconds: launches of one decoder layer. runtime_bytes: context and libraries.
-    system_bytes: operating system and desktop services.
+    bandwidth, compute: in (0, 1]. layer_seconds: launches of one decoder layer. prefill_seconds: what a call with a
+    prompt takes beside its kernels. runtime_bytes: context and libraries. system_bytes: operating system.
     """
 
     bandwidth: float
     compute: float
     layer_seconds: float
+    prefill_seconds: float
     runtime_bytes: int
     system_bytes: int
 
@@ -122,18 +123,17 @@ def matching(model: str, memory: int) -> Profile | None:
 def parse(data: bytes, name: str, place: str) -> Profile:
     """Raises OptionError naming ``place`` and what is wrong, whatever the input."""
     top = Table(load(data, place, LARGEST, "a device profile such as those in jetson/profiles"), place)
-    if (found := (top.value("format", str), top.value("version", int))) != (FORMAT, VERSION):
-        raise OptionError(f"{place} has format and version {found!a}, expected {(FORMAT, VERSION)!a}")
+    top.format(FORMAT, VERSION)
     top.only(
         *("format", "version", "title", "sm", "memory_gib", "formats", "default", "match", "peak", "modes", "estimate")
     )
-    peak = top.table("peak")
+    peak = _table(top, "peak")
     peak.only("gpu_mhz", "sms", *NUMBERS)
-    rates = {number: 1e12 * _positive(peak, number) for number in NUMBERS if number in peak.data}
+    rates = {number: 1e12 * peak.number(number, above=True) for number in NUMBERS if number in peak.data}
     for needed in ("fp32", "fp16"):
         if needed not in rates:
             raise OptionError(f"{peak.place}: {needed!a} is missing")
-    mhz, sms = _positive(peak, "gpu_mhz"), peak.count("sms") or 1
+    mhz, sms = peak.number("gpu_mhz", above=True), peak.count("sms") or 1
     modes = {
         key: _mode(Table(value, f"{place}, mode {key!a:.40}"), key, sms)
         for key, value in top.value("modes", dict).items()
@@ -141,21 +141,21 @@ def parse(data: bytes, name: str, place: str) -> Profile:
     default = top.value("default", str)
     if default not in modes:
         raise OptionError(f"{place}: the default mode {default!a:.40} is none of its modes")
-    match = top.table("match")
+    match = _table(top, "match")
     match.only("models", "memory_gib")
     return Profile(
         name=name,
         title=top.value("title", str),
         sm=top.value("sm", str),
-        memory=round(_positive(top, "memory_gib") * 2**30),
-        formats=top.texts("formats"),
+        memory=round(top.number("memory_gib", above=True) * 2**30),
+        formats=_texts(top, "formats"),
         peak=rates,
         peak_mhz=mhz,
         peak_sms=sms,
         modes=modes,
         mode=modes[default],
-        estimate=_estimate(top.table("estimate")),
-        models=match.texts("models"),
+        estimate=_estimate(_table(top, "estimate")),
+        models=_texts(match, "models"),
         memory_range=_range(match, "memory_gib"),
     )
 
@@ -174,15 +174,19 @@ def _read(path: Path) -> bytes:
         raise OptionError(f"{path} cannot be read: {error}; give a device's name or a profile's file") from error
 
 
-def _positive(table: Table, key: str) -> float:
-    value = table.number(key)
-    if value == 0:
-        raise OptionError(f"{table.place}: {key!a} must be above 0")
-    return value
+def _table(table: Table, key: str) -> Table:
+    return Table(table.value(key, dict), f"{table.place}, {key}")
+
+
+def _texts(table: Table, key: str) -> tuple[str, ...]:
+    found = table.value(key, list)
+    if not found or not all(isinstance(item, str) for item in found):
+        raise OptionError(f"{table.place}: {key!a} must be a list of texts that is not empty, found {found!a:.80}")
+    return tuple(found)
 
 
 def _share(table: Table, key: str) -> float:
-    value = _positive(table, key)
+    value = table.number(key, above=True)
     if value > 1:
         raise OptionError(f"{table.place}: {key!a} is a share of the peak, above 0 and at most 1; found {value}")
     return value
@@ -193,15 +197,16 @@ def _mode(table: Table, name: str, sms: int) -> Mode:
     on = table.count("sms") if "sms" in table.data else sms
     if not 1 <= on <= sms:
         raise OptionError(f"{table.place}: 'sms' must be 1 to {sms}, found {on}")
-    return Mode(name, _positive(table, "gpu_mhz"), on, 1e9 * _positive(table, "bandwidth_gbs"))
+    return Mode(name, table.number("gpu_mhz", above=True), on, 1e9 * table.number("bandwidth_gbs", above=True))
 
 
 def _estimate(table: Table) -> Estimate:
-    table.only("bandwidth", "compute", "layer_us", "runtime_gib", "system_gib")
+    table.only("bandwidth", "compute", "layer_us", "prefill_ms", "runtime_gib", "system_gib")
     return Estimate(
         bandwidth=_share(table, "bandwidth"),
         compute=_share(table, "compute"),
         layer_seconds=table.number("layer_us") * 1e-6,
+        prefill_seconds=table.number("prefill_ms") * 1e-3,
         runtime_bytes=round(table.number("runtime_gib") * 2**30),
         system_bytes=round(table.number("system_gib") * 2**30),
     )

@@ -1,8 +1,8 @@
 """A roofline of decoder inference: what takes how long on a device, from bytes moved and operations done. Pure Python.
 
 A kernel takes the longer of moving its bytes and doing its operations, each at the share of the peak that the profile
-assumes (Williams et al., 2009); a decoder layer adds a fixed cost for its launches. Weights in few bits that only save
-memory (int8, int4) compute in half precision; int8-dynamic, fp8 and nvfp4 compute as such.
+assumes (Williams et al., 2009); a decoder layer adds a fixed cost for its launches, a prefill another. Weights in few
+bits that only save memory (int8, int4) compute in half precision; int8-dynamic, fp8 and nvfp4 compute as such.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def predict(
     stages: the layers before which tokens leave, rising. kept: prompt tokens that stay after each of them.
     """
     tokens = [([prompt, *kept])[sum(layer >= stage for stage in stages)] for layer in range(decoder.layers)]
-    prefill = _call(profile, decoder, tokens, tokens)
+    prefill = profile.estimate.prefill_seconds + _call(profile, decoder, tokens, tokens)
     one = [1] * decoder.layers
     step = _call(profile, decoder, one, [count + new // 2 for count in tokens])
     cache = sum(

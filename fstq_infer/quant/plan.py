@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import builtins
 import json
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fstq_infer.errors import OptionError, suggestion
 from fstq_infer.quant.formats import FORMATS, named
-from fstq_infer.strict_toml import Table, load
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 FORMAT, VERSION = "fstq-plan", 1
 LARGEST = 4 << 20  # bytes of a plan's text
@@ -88,13 +95,13 @@ class Plan:
     @classmethod
     def from_toml(cls, data: builtins.bytes, place: str = NAME) -> Plan:
         """Raises OptionError naming ``place`` and what is wrong, whatever the input."""
-        top = Table(load(data, place, LARGEST, "a plan as 'fstq export' writes it"), place)
+        top = _Table(_load(data, place), place)
         if (found := (top.value("format", str), top.value("version", int))) != (FORMAT, VERSION):
             raise OptionError(f"{place} has format and version {found!a}, expected {(FORMAT, VERSION)!a}")
         top.only("format", "version", "budget", "bits", "bytes", "damage", "groups")
         groups: dict[str, Group] = {}
         for name, content in top.value("groups", dict).items():
-            table = Table(content, f"{place}, group {name!a:.80}")
+            table = _Table(content, f"{place}, group {name!a:.80}")
             table.only("format", "damage", "bytes", "parameters", "weights")
             weights = table.value("weights", list)
             if not weights or not all(isinstance(weight, str) for weight in weights):
@@ -126,6 +133,52 @@ class Plan:
             raise OptionError(
                 f"{place}: no format is given for {len(missing)} groups, such as {missing[0]!a}; name every group"
             )
+
+
+class _Table:
+    """A TOML table whose values are checked as they are taken."""
+
+    def __init__(self, data: object, place: str) -> None:
+        if not isinstance(data, dict):
+            raise OptionError(f"{place}: expected a table")
+        self.data, self.place = data, place
+
+    def only(self, *known: str) -> None:
+        """Raises OptionError for another key."""
+        for key in self.data:
+            if key not in known:
+                meant = suggestion(key, known)
+                raise OptionError(f"{self.place}: there is no key {key!a:.80}; {meant}")
+
+    def value(self, key: str, kind: type) -> Any:
+        """The value of that key and type."""
+        found = self.data.get(key)
+        if not isinstance(found, kind) or isinstance(found, bool):
+            raise OptionError(f"{self.place}: {key!a} must be of type {kind.__name__}, found {found!a:.80}")
+        return found
+
+    def number(self, key: str) -> float:
+        """A finite number of at least 0."""
+        found = self.data.get(key)
+        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < math.inf:
+            raise OptionError(f"{self.place}: {key!a} must be a number of at least 0, found {found!a:.80}")
+        return float(found)
+
+    def count(self, key: str) -> int:
+        """A whole number of at least 0."""
+        found: int = self.value(key, int)
+        if found < 0:
+            raise OptionError(f"{self.place}: {key!a} must be at least 0, found {found}")
+        return found
+
+
+def _load(data: bytes, place: str) -> dict[str, Any]:
+    if len(data) > LARGEST:
+        raise OptionError(f"{place} has {len(data)} bytes; at most {LARGEST} are read")
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise OptionError(f"{place} is no TOML: {error}; expected a plan as 'fstq export' writes it") from error
 
 
 def _text(text: str) -> str:
