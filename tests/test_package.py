@@ -30,6 +30,7 @@ def test_wheel_top_level_is_exactly_the_three_packages(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fstq_infer", "fstq_export", "fstq_engines"}
 
 
+@pytest.mark.slow
 def test_installed_wheel_runs_export(wheel: Path, tmp_path: Path) -> None:
     pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
     site = tmp_path / "site"
@@ -51,6 +52,25 @@ def test_installed_wheel_runs_export(wheel: Path, tmp_path: Path) -> None:
     assert (tmp_path / "b" / "manifest.json").is_file()
 
 
+def test_installed_wheel_has_device_profiles(wheel: Path, tmp_path: Path) -> None:
+    """jetson/ is not installed, its profiles are: plan and doctor work outside a checkout."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    names = {path.name for path in (tmp_path / "site" / "fstq_infer" / "profiles").iterdir()}
+    assert names == {path.name for path in (ROOT / "jetson" / "profiles").iterdir()} and "orin-nano.toml" in names
+    code = (
+        "import sys, fstq_infer.cli, fstq_infer.device; "
+        "sys.exit('not from the wheel') if not str(fstq_infer.device.folder()).startswith(sys.argv[1]) "
+        "else fstq_infer.cli.main(sys.argv[2:])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    record = ROOT / "tests" / "doctor" / "environments" / "thor.json"
+    for arguments in (("plan", "--check"), ("doctor", "--replay", str(record))):
+        command = [sys.executable, "-c", code, str(tmp_path / "site"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0 and "thor" in done.stdout, done.stderr
+
+
 def test_no_package_named_jetson() -> None:
     assert not (ROOT / "jetson" / "__init__.py").exists()
 
@@ -68,7 +88,7 @@ def test_import_is_light() -> None:
     assert all(output.split(" ", 1)[1].strip() == "[]" for output in outputs)
 
 
-@pytest.mark.parametrize("command", ["export", "build", "run", "chat", "bench", "demo"])
+@pytest.mark.parametrize("command", ["export", "build", "run", "chat", "bench", "demo", "plan", "doctor"])
 def test_help_is_light_and_has_an_example(command: str) -> None:
     code = (
         "import sys, contextlib\nfrom fstq_infer.cli import app\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,39 +68,56 @@ def measure(
     ids = np.random.default_rng(seed).integers(0, engine.vocab_size, (1, prompt_tokens))
     for keep in keeps:
         keep_ratios(keep, engine.stages)  # all of them, before anything is measured
-    samples: dict[float, list[tuple[float, ...]]] = {keep: [] for keep in keeps}
-    facts: dict[float, tuple[int, int]] = {}
+    runs: dict[float, list[Run]] = {keep: [] for keep in keeps}
     for round_ in range(repeats + 1):
         for keep in keeps:
-            times, kept, held = _once(generator, ids, new_tokens, keep)
-            facts[keep] = (kept, held)
+            run = once(generator, ids, new_tokens, keep)
             if round_:
-                samples[keep].append(times)
-    rows = []
-    for keep in keeps:
-        prefill, first, decode, total = (statistics.median(column) for column in zip(*samples[keep], strict=True))
-        kept, held = facts[keep]
-        step = decode / (new_tokens - 1) if new_tokens > 1 else 0.0
-        speed = 1 / step if step else 0.0
-        rows.append(Row(keep, kept, first, prefill, step, total, prompt_tokens / prefill, speed, held))
-    return BenchReport(prompt_tokens, new_tokens, repeats, description(), peak_rss(), tuple(rows))
+                runs[keep].append(run)
+    rows = tuple(summary(keep, runs[keep], prompt_tokens, new_tokens) for keep in keeps)
+    return BenchReport(prompt_tokens, new_tokens, repeats, description(), peak_rss(), rows)
 
 
-def _once(generator: Generator, ids: Any, new_tokens: int, keep: float) -> tuple[tuple[float, ...], int, int]:
-    """((prefill, first token, decode, total) seconds, tokens kept, KV bytes) of one greedy run that ignores ends."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One prompt and its answer: moments in seconds of the clock, tokens kept, bytes of the cache at the end."""
+
+    began: float
+    prefilled: float
+    first: float
+    ended: float
+    kept: int
+    kv_bytes: int
+
+
+def summary(keep: float, runs: Sequence[Run], prompt_tokens: int, new_tokens: int) -> Row:
+    """Medians of at least one run."""
+    prefill = statistics.median(run.prefilled - run.began for run in runs)
+    first = statistics.median(run.first - run.began for run in runs)
+    decode = statistics.median(run.ended - run.first for run in runs)
+    total = statistics.median(run.ended - run.began for run in runs)
+    step = decode / (new_tokens - 1) if new_tokens > 1 else 0.0
+    speed = 1 / step if step else 0.0
+    kept, held = runs[-1].kept, runs[-1].kv_bytes
+    return Row(keep, kept, first, prefill, step, total, prompt_tokens / prefill, speed, held)
+
+
+def once(
+    generator: Generator, ids: Any, new_tokens: int, keep: float, clock: Callable[[], float] = time.perf_counter
+) -> Run:
+    """One greedy run that ignores ends; ids: (1, prompt)."""
     engine, prompt = generator.engine, ids.shape[1]
     ratios = keep_ratios(keep, engine.stages)
     counts = np.array([keep_counts(prompt, ratios, engine.stages)], np.int64).reshape(1, len(engine.stages))
     cache = engine.empty_cache(1)
-    began = time.perf_counter()
+    began = clock()
     step = engine.forward(ids, np.arange(prompt)[None], counts, cache)
-    prefilled = time.perf_counter()
+    prefilled = clock()
     token = int(step.logits[0].argmax())
-    first = time.perf_counter()
+    first = clock()
     kept = int((step.kept[-1] >= 0).sum()) if step.kept else prompt
     one = np.ones((1, len(engine.stages)), np.int64)
     for position in range(prompt, prompt + new_tokens - 1):
         step = engine.forward(np.array([[token]]), np.array([[position]]), one, step.cache)
         token = int(step.logits[0].argmax())
-    ended = time.perf_counter()
-    return (prefilled - began, first - began, ended - first, ended - began), kept, step.cache.bytes
+    return Run(began, prefilled, first, clock(), kept, step.cache.bytes)

@@ -1,0 +1,74 @@
+"""Meters on real processes and threads: a tegrastats that prints recorded lines, sensors of a recorded device."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fstq_infer.doctor.environment import Machine, Recording
+from fstq_infer.errors import FstqError
+from tests.jetson.scripts import JETSONS, LOGS, environment, script
+
+meters = script("meters")
+
+TEGRASTATS = """
+import itertools, sys, time
+assert sys.argv[2] == "--interval" and int(sys.argv[3]) == 100
+for line in itertools.cycle(open(sys.argv[1])):
+    print(line, end="", flush=True)
+    time.sleep(0.01)
+"""
+
+
+def wait_until(done: object) -> None:
+    until = time.monotonic() + 20
+    while not done() and time.monotonic() < until:  # type: ignore[operator]
+        time.sleep(0.02)
+
+
+def test_tegrastats(tmp_path: Path) -> None:
+    program = tmp_path / "tegrastats.py"
+    program.write_text(TEGRASTATS)
+    meter = meters.Tegrastats((sys.executable, str(program), str(LOGS / "orin-nano.log")))
+    for _ in range(2):  # a meter can be started again
+        meter.start()
+        wait_until(lambda: len(meter._samples) >= 3)
+        samples = meter.stop()
+        assert len(samples) >= 3 and samples[0].total > 4
+        assert [one.time for one in samples] == sorted(one.time for one in samples)
+
+
+def test_tegrastats_that_is_not_there() -> None:
+    with pytest.raises(FstqError, match=r"no-such-program cannot be run.*another --power"):
+        meters.Tegrastats(("no-such-program",)).start()
+
+
+@pytest.mark.parametrize("name", JETSONS)
+def test_sensors(name: str) -> None:
+    meter = meters.choose(environment(name))
+    assert meter.name == "ina"
+    meter.start()
+    wait_until(lambda: len(meter._samples) >= 2)
+    samples = meter.stop()
+    assert len(samples) >= 2 and samples[-1].total > 5
+
+
+def test_choosing() -> None:
+    only = Recording({}, {"/usr/bin/tegrastats": ["/usr/bin/tegrastats"]}, {}, {})
+    assert meters.choose(only).name == "tegrastats"
+    assert meters.choose(environment("laptop")) is None
+    assert meters.choose(environment("orin-nano"), "none") is None
+    with pytest.raises(FstqError, match="'ina' here"):
+        meters.choose(only, "ina")
+    with pytest.raises(FstqError, match="'watts' here"):
+        meters.choose(environment("orin-nano"), "watts")
+
+
+def test_main_says_where_it_is_not_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    if meters.choose(Machine()) is not None:
+        pytest.skip("this machine has sensors")
+    with pytest.raises(SystemExit, match="no Jetson"):
+        meters.main()
