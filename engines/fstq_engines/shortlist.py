@@ -17,7 +17,8 @@ COUNT, BLOCK, SMALLEST = 128, 64, 1 << 14  # logits that come out; in one block;
 
 
 class Shortlist(InPlacePass):
-    """Outputs ``shortlist.ids`` and ``shortlist.logits`` (batch, 128): the largest logits, in ascending order of ids.
+    """Outputs ``shortlist.ids`` and ``shortlist.logits`` (batch, 128): the largest logits, the largest first, of equal
+    ones that of the lower id.
 
     Logits are NaN where any of all the logits is not finite. Graphs with few logits stay as they are.
     """
@@ -44,22 +45,19 @@ def _largest(graph: ir.Graph, tape: ir.tape.Tape, logits: ir.Value, width: int) 
     def ints(*numbers: int) -> ir.Value:
         return initializer(graph, f"fstq/shortlist/{numbers}", np.array(numbers, np.int64))
 
-    def most(values: ir.Value) -> ir.Value:
-        """Indices of the largest values, ascending."""
-        _, places = tape.op_multi_out("TopK", [values, ints(COUNT)], {"sorted": 0}, num_outputs=2)
-        ascending, _ = tape.op_multi_out("TopK", [places, ints(COUNT)], {"largest": 0}, num_outputs=2)
-        return ascending
-
     size = next((n for n in range(BLOCK, 1, -1) if width % n == 0), 1)
     rows = tape.op("Reshape", [tape.op("Cast", [logits], {"to": ir.DataType.FLOAT}), ints(0, -1, size)])
     if size * COUNT >= width or size < BLOCK // 4:
         flat = tape.op("Reshape", [rows, ints(0, -1)])
-        ids = places = most(flat)
+        top, ids = tape.op_multi_out("TopK", [flat, ints(COUNT)], num_outputs=2)
     else:
-        blocks = most(tape.op("ReduceMax", [rows, ints(2)], {"keepdims": 0}))
+        peaks = tape.op("ReduceMax", [rows, ints(2)], {"keepdims": 0})
+        _, found = tape.op_multi_out("TopK", [peaks, ints(COUNT)], {"sorted": 0}, num_outputs=2)
+        # Blocks in their order, so that of equal logits those of lower ids come first.
+        blocks, _ = tape.op_multi_out("TopK", [found, ints(COUNT)], {"largest": 0}, num_outputs=2)
         inside = tape.op("GatherND", [rows, tape.op("Unsqueeze", [blocks, ints(2)])], {"batch_dims": 1})
         flat = tape.op("Reshape", [inside, ints(0, -1)])
-        places = most(flat)
+        top, places = tape.op_multi_out("TopK", [flat, ints(COUNT)], num_outputs=2)
         block = tape.op("Div", [places, ints(size)])
         begin = tape.op(
             "Mul", [tape.op("Sub", [tape.op("GatherElements", [blocks, block], {"axis": 1}), block]), ints(size)]
@@ -67,7 +65,6 @@ def _largest(graph: ir.Graph, tape: ir.tape.Tape, logits: ir.Value, width: int) 
         ids = tape.op("Add", [begin, places])
     # Infinity times 0 is NaN, and so is what NaN is added to.
     whole = tape.op("Mul", [tape.op("ReduceSum", [rows, ints(1, 2)], {"keepdims": 0}), _zero(graph)])
-    top = tape.op("GatherElements", [flat, places], {"axis": 1})
     return ids, tape.op("Add", [top, tape.op("Unsqueeze", [whole, ints(1)])])
 
 

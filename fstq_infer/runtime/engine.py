@@ -36,8 +36,8 @@ class Step:
     logits: (batch, vocab) float32 of each row's last token; the next call may write into the same memory.
     kept: for each stage, (batch, kept) columns of the call's ids that stayed, -1 for padding.
     cache: what the next call continues from.
-    shortlist: where the backend picks them, ids and values (batch, n) of each row's largest logits, in ascending order
-        of ids; equal logits of lower ids come first. Values are NaN where any of all the logits is not finite.
+    shortlist: where the backend picks them, ids and values (batch, n) of each row's largest logits, the largest first,
+        of equal ones that of the lower id. Values are NaN where any of all the logits is not finite.
     """
 
     logits: Float32

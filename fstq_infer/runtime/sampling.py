@@ -53,10 +53,11 @@ class Sampling:
 class Sampler:
     """Draws the tokens of one text. Holds that text's random numbers and the set of tokens seen so far."""
 
-    __slots__ = ("_array", "_distinct", "_filled", "_read", "_seen", "_uniform", "sampling")
+    __slots__ = ("_array", "_distinct", "_factor", "_filled", "_read", "_seen", "_uniform", "sampling")
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
+        self._factor = float(np.float32(sampling.repetition_penalty))
         self._uniform = _uniform(sampling.seed) if sampling.temperature > 0 else None
         self._seen: set[int] = set()
         self._distinct: list[int] = []  # the set again, in the order of the text
@@ -67,7 +68,8 @@ class Sampler:
     def __call__(self, logits: Floats, history: Sequence[int], largest: tuple[Ints, Floats] | None = None) -> int:
         """The next token id. logits: (vocab,), left as they are. history: prompt and generated ids so far.
 
-        largest: ids, ascending, and values of the largest logits, where somebody has picked them already.
+        largest: ids and values of the largest logits, where somebody has picked them already: the largest first, of
+            equal ones that of the lower id.
 
         ``history`` must be the same growing sequence at every call: only what was added since the last one is read.
         Raises EngineError when the logits hold NaN or have no finite maximum.
@@ -83,36 +85,56 @@ class Sampler:
             if largest is not None and 0 < k < len(largest[0]):
                 values: list[float] = largest[1].tolist()
                 # Logits that were not picked may equal the smallest that was; where it is NaN, nothing reaches it.
-                token = self._among_few(largest[0], values, math.nextafter(min(values), math.inf), k, uniform)
+                token = self._among_few(largest[0], values, math.nextafter(values[-1], math.inf), k, uniform)
             elif not greedy and 0 < k < len(logits):
                 ids, top, bound = shortlist(logits, k if penalty == 1 else min(2 * k, len(logits)))
                 if len(ids) <= FEW:
-                    token = self._among_few(ids, top.tolist(), bound, k, uniform)
+                    order = (-top).argsort(kind="stable")
+                    token = self._among_few(ids[order], top[order].tolist(), bound, k, uniform)
             if token is not None:
                 return token
         return self._over_all(logits, uniform)
 
     def _among_few(self, ids: Ints, values: list[float], bound: float, k: int, uniform: float) -> int | None:
-        """The token, drawn from the values of all float32 logits that reach a bound; their ids ascend.
+        """The token, drawn from the values of all float32 logits that reach a bound.
 
-        None where that would not be the same as from all.
+        The largest is first, of equal ones that of the lower id. None where drawing from all would not be the same.
         """
-        penalty = self.sampling.repetition_penalty
-        if penalty != 1:
-            factor, seen = float(np.float32(penalty)), self._seen
+        ranked = values
+        if self._factor != 1:
+            factor, seen = self._factor, self._seen
             hits = [place for place, token in enumerate(ids.tolist()) if token in seen]
             # Rounded to float32 as its own arithmetic rounds.
             lowered = array("f", [values[i] * factor if values[i] < 0 else values[i] / factor for i in hits])
             for place, value in zip(hits, lowered, strict=True):
                 values[place] = value
-        ranked = sorted(values, reverse=True)
+            ranked = sorted(values, reverse=True)
+        least = ranked[k - 1]
         # A penalty above 1 raises nothing: while k logits reach the bound, no other can pass.
-        if not ranked[k - 1] >= bound:  # as NaN does not
+        if not least >= bound:  # as NaN does not
             return None
+        kept = ranked[: bisect.bisect_right(ranked, -least, key=neg)]
         if self._uniform is None:
-            return int(ids.item(values.index(ranked[0])))
-        kept, weights = _few(values, ranked, self.sampling)
-        return int(ids.item(_locate(values, kept, _draw(weights, uniform))))
+            value = kept[0]
+        else:
+            sampling, peak, exp, places = self.sampling, kept[0], math.exp, None
+            temperature = sampling.temperature
+            if sampling.top_p == 1:  # drawn in the order of ids
+                places = [place for place, value in enumerate(values) if value >= least]
+                places.sort(key=ids.tolist().__getitem__)
+                kept = [values[place] for place in places]
+            running = list(itertools.accumulate([exp((value - peak) / temperature) for value in kept]))
+            if sampling.top_p < 1:
+                del running[bisect.bisect_left(running, sampling.top_p * running[-1]) + 1 :]
+            drawn = _draw_running(running, uniform)
+            if places is not None:
+                return int(ids.item(places[drawn]))
+            if ranked is values or values == ranked:
+                return int(ids.item(drawn))
+            value = kept[drawn]
+        if kept.count(value) > 1:  # which of them has the lower id is no longer known
+            return None
+        return int(ids.item(values.index(value)))
 
     def _over_all(self, logits: Floats, uniform: float) -> int:
         if self.sampling.repetition_penalty == 1:
@@ -193,31 +215,6 @@ def candidates(logits: Floats, sampling: Sampling) -> tuple[Ints | None, Floats]
     return _nucleus(np.arange(len(logits)), weights.astype(np.float64), mass)
 
 
-def _few(top: list[float], ranked: list[float], sampling: Sampling) -> tuple[list[float], list[float]]:
-    """:func:`candidates` of a shortlist ``top``, but the logits in place of ids; ``ranked``: the largest first."""
-    peak, least = ranked[0], ranked[sampling.top_k - 1]
-    if sampling.top_p < 1:
-        kept = ranked[: bisect.bisect_right(ranked, -least, key=neg)]
-    else:
-        kept = [value for value in top if value >= least]
-    exp, temperature = math.exp, sampling.temperature
-    weights = [exp((value - peak) / temperature) for value in kept]
-    if sampling.top_p < 1:
-        running = list(itertools.accumulate(weights))
-        size = bisect.bisect_left(running, sampling.top_p * running[-1]) + 1
-        kept, weights = kept[:size], weights[:size]
-    return kept, weights
-
-
-def _locate(top: list[float], kept: list[float], place: int) -> int:
-    """The index in ``top`` of ``kept[place]``; of equal ones, the first in one is the first in the other."""
-    value = kept[place]
-    found = top.index(value)
-    for _ in range(kept[:place].count(value)):
-        found = top.index(value, found + 1)
-    return found
-
-
 def top_ids(logits: Floats, k: int) -> Ints:
     """Ascending ids of the ``k`` largest logits, and of those equal to the smallest of them. 0 < k <= len(logits).
 
@@ -277,11 +274,8 @@ def _nucleus(ids: Ints, weights: Floats, mass: float) -> tuple[Ints, Floats]:
     return ids[order[:size]], weights[:size]
 
 
-def _draw(weights: Sequence[float] | Floats, uniform: float) -> int:
+def _draw(weights: Floats, uniform: float) -> int:
     """The index at the share ``uniform`` (0 <= u < 1) of the weights' sum; never one of weight zero."""
-    if isinstance(weights, list):
-        running = list(itertools.accumulate(weights))
-        return min(bisect.bisect_right(running, uniform * running[-1]), bisect.bisect_left(running, running[-1]))
     starts = np.arange(0, len(weights), BLOCK)  # sums of blocks first: a running sum over a whole vocabulary is slow
     blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
     target = uniform * blocks[-1]
@@ -289,6 +283,11 @@ def _draw(weights: Sequence[float] | Floats, uniform: float) -> int:
     begin = block * BLOCK
     inside = np.cumsum(weights[begin : begin + BLOCK], dtype=np.float64)
     return begin + _first_above(inside, target - (blocks[block - 1] if block else 0.0))
+
+
+def _draw_running(running: list[float], uniform: float) -> int:
+    """:func:`_draw` for few weights, given as their running sum."""
+    return min(bisect.bisect_right(running, uniform * running[-1]), bisect.bisect_left(running, running[-1]))
 
 
 def _first_above(running: Floats, target: float) -> int:

@@ -178,7 +178,7 @@ class OverAll(Sampler):
 
 def largest(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """What a backend may hand on."""
-    ids = np.sort(np.argsort(-logits, kind="stable")[:count])
+    ids = np.argsort(-logits, kind="stable")[:count]
     return ids, logits[ids] if np.isfinite(logits).all() else np.full(len(ids), np.nan, np.float32)
 
 
