@@ -23,7 +23,7 @@ pytest.importorskip("onnxruntime", reason="the ONNX Runtime backend needs the 'o
 from fstq_engines import cache, external, ort, parity
 from fstq_engines.cache import SIDECAR, Cpu, Sidecar
 
-from fstq_infer import errors
+from fstq_infer import errors, machine
 from fstq_infer.bundle import Bundle
 from fstq_infer.runtime.ort import OrtEngine
 from tests.conftest import write_bundle
@@ -372,7 +372,7 @@ def test_parity_runs_little_on_a_large_model(tiny_bundle: Bundle) -> None:
 def test_too_little_memory(
     tiny_bundle: Bundle, engine_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable: 204800 kB\n")
     with pytest.raises(errors.EngineError, match=r"needs about 25\d MiB of memory, but 200 MiB are available"):
         ort.build(tiny_bundle)
