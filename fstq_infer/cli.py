@@ -144,8 +144,8 @@ def export(
     tune_codes: Annotated[
         int | None,
         typer.Option(
-            help="Steps that train integer codes towards the unquantized model, on --calib; 0: none; default: 1000 up to "
-            "1 M weights, 200 up to 8 M, then none."
+            help="Steps that train integer codes towards the unquantized model, on --calib; 0: none; default: 1000 up "
+            "to 1 M weights, 200 up to 8 M, then none."
         ),
     ] = None,
     score: Annotated[
