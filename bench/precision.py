@@ -29,7 +29,7 @@ from fstq_export.reference import parameter_count
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
 
-FITTING, HELD = 512, 192  # texts
+FITTING, HELD = 256, 192  # texts
 LENGTH = 256  # tokens of a sampled story
 MODELS = ("demo", "stories260k")
 BITS, UNIFORM = 5.0, "uniform int4"
@@ -68,15 +68,17 @@ def compare(name: str, decoder: Decoder, fitting: list[Item], held: list[Item], 
 
     planner = precision.Planner(decoder, precision.Precision(), "float32", 0, told)
 
-    def run(wanted: precision.Precision) -> list[dict[str, Any]]:
-        planner.wanted = wanted
+    def run(wanted: precision.Precision, rivals: bool = True) -> list[dict[str, Any]]:
+        planner.wanted, planner.rivals = wanted, rivals
         found: list[dict[str, Any]] = planner.run(fitting, held).report["measured"]["rows"]
         return found
 
     rows = run(precision.Precision("auto", bits=BITS, tune=steps))
     uniform = next(row for row in rows if row["name"] == UNIFORM)
     within = next(
-        row for row in run(precision.Precision("auto", bytes=uniform["bytes"], tune=0)) if row["name"] == "plan"
+        row
+        for row in run(precision.Precision("auto", bytes=uniform["bytes"], tune=0), rivals=False)
+        if row["name"] == "plan"
     )
     rows = [{"model": name, **row} for row in (*rows, within | {"name": "plan, bytes of uniform int4"})]
     for row in rows:

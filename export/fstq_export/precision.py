@@ -64,6 +64,7 @@ class Planner:
         self._codes: dict[tuple[str, str], Quantized] = {}
         self._trace: dict[str, float] = {}
         self._profile: Profile | None = None
+        self.rivals = True  # whether other rules are measured beside the plan
         self._fitted: Callable[[str], Damage | None] = lambda _name: None
 
     def run(self, fitting: Sequence[Item], held: Sequence[Item]) -> Result:
@@ -270,7 +271,9 @@ class Planner:
     def _report(
         self, plan: Plan, codes: Mapping[str, Quantized], rounded: Mapping[str, Quantized], held: Sequence[Item]
     ) -> dict[str, Any]:
-        rules = ({ROUNDED: plan.formats} if codes is not rounded else {}) | self._rules(plan.bytes)
+        rules = ({ROUNDED: plan.formats} if codes is not rounded else {}) | (
+            self._rules(plan.bytes) if self.rivals else {}
+        )
         meter = Meter(self.decoder, held)
         rows = [{"name": "unquantized", "bits": 32.0, "bytes": self.parameters * 4, "damage": 0.0, **meter.measure()}]
         for number, (name, formats) in enumerate({"plan": plan.formats, **rules}.items()):
