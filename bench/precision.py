@@ -25,6 +25,7 @@ from fstq_export.demo import facts
 from fstq_export.demo.run import LENGTHS, MODEL
 from fstq_export.demo.train import amounts
 from fstq_export.reference import parameter_count
+from fstq_export.wanted import Precision
 
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
@@ -66,19 +67,17 @@ def told(step: str, done: int, total: int) -> None:
 def compare(name: str, decoder: Decoder, fitting: list[Item], held: list[Item], steps: int) -> list[dict[str, Any]]:
     """Rows of the 5-bit plan and what rules make of its bytes, and of a plan within the bytes of uniform int4."""
 
-    planner = precision.Planner(decoder, precision.Precision(), "float32", 0, told)
+    planner = precision.Planner(decoder, Precision(), "float32", 0, told)
 
-    def run(wanted: precision.Precision, rivals: bool = True) -> list[dict[str, Any]]:
+    def run(wanted: Precision, rivals: bool = True) -> list[dict[str, Any]]:
         planner.wanted, planner.rivals = wanted, rivals
         found: list[dict[str, Any]] = planner.run(fitting, held).report["measured"]["rows"]
         return found
 
-    rows = run(precision.Precision("auto", bits=BITS, tune=steps))
+    rows = run(Precision("auto", bits=BITS, tune=steps))
     uniform = next(row for row in rows if row["name"] == UNIFORM)
     within = next(
-        row
-        for row in run(precision.Precision("auto", bytes=uniform["bytes"], tune=0), rivals=False)
-        if row["name"] == "plan"
+        row for row in run(Precision("auto", bytes=uniform["bytes"], tune=0), rivals=False) if row["name"] == "plan"
     )
     rows = [{"model": name, **row} for row in (*rows, within | {"name": "plan, bytes of uniform int4"})]
     for row in rows:

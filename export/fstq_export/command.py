@@ -13,9 +13,9 @@ from rich.progress import Progress as Bars
 
 from fstq_export.pipeline import Done, Request
 from fstq_export.pipeline import export as run_export
-from fstq_export.precision import Precision
 from fstq_export.recipe import Recipe
 from fstq_export.report import precision_verdict, verdict
+from fstq_export.wanted import Precision
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
 

@@ -23,11 +23,11 @@ from fstq_export.contract import split
 from fstq_export.heldout import whole_outcome
 from fstq_export.meter import quantize_in_place, quantized
 from fstq_export.passes.pruning import PruneStage
-from fstq_export.precision import Precision
 from fstq_export.recipe import Recipe
 from fstq_export.reference import parameter_count, reference
 from fstq_export.sensitivity import weights
 from fstq_export.source import Source
+from fstq_export.wanted import Precision
 from fstq_infer.bundle import BundleWriter, Contract, GenerationDefaults, Manifest, ModelInfo, Provenance, Pruning
 from fstq_infer.errors import ExportError, OptionError
 from fstq_infer.fisher.hooks import Decoder

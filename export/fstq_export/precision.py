@@ -186,10 +186,11 @@ class Planner:
         model: Any = self.decoder.model
         head = model.get_output_embeddings()
         total = 0.0
+        outputs, inputs = self.weights[name].matrix.shape
         for site in self.weights[name].sites:
             if not site.lookup:
                 count = 1 if site.module is head else tokens
-                total += profile.seconds(*self.weights[name].matrix.shape, form, count)
+                total += profile.seconds(outputs, inputs, form, count)
         return total
 
     def _budget(self) -> float:

@@ -48,8 +48,12 @@ class Table:
     def number(self, key: str, above: bool = False) -> float:
         """A finite number of at least 0, or above 0."""
         found = self.data.get(key)
-        known = isinstance(found, int | float) and not isinstance(found, bool)
-        if not known or not 0 <= found < math.inf or (above and not found):
+        if (
+            isinstance(found, bool)
+            or not isinstance(found, int | float)
+            or not 0 <= found < math.inf
+            or (above and not found)
+        ):
             least = "above 0" if above else "of at least 0"
             raise OptionError(f"{self.place}: {key!a} must be a number {least}, found {found!a:.80}")
         return float(found)

@@ -66,7 +66,7 @@ def test_the_engine_lies_in_the_cache_with_its_sidecar(tiny_bundle: Bundle, engi
     engine = ort.build(tiny_bundle, progress=steps.append)
     assert engine.parent == engine_cache and listing(engine_cache) == {engine.name}
     assert listing(engine) == {"model.onnx", "model.onnx.data", SIDECAR}
-    assert len(steps) == 5 and str(engine) in steps[-1]
+    assert len(steps) == 6 and str(engine) in steps[-1]
     data = json.loads((engine / SIDECAR).read_text())
     assert (data["format"], data["backend"], data["version"]) == ("fstq-engine", "onnxruntime", onnxruntime.__version__)
     assert data["key"] == engine.name and data["bundle_sha256"] == tiny_bundle.manifest_sha256

@@ -26,8 +26,8 @@ from fstq_export.contract import (
     split,
 )
 from fstq_export.pipeline import Request, export
-from fstq_export.precision import Precision
 from fstq_export.recipe import Recipe
+from fstq_export.wanted import Precision
 
 from fstq_infer import Generator
 from fstq_infer.bundle import Bundle

@@ -12,8 +12,9 @@ pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
 
 import torch
 from fstq_export import meter, precision, reference, sensitivity, source
-from fstq_export.precision import Planner, Precision
+from fstq_export.precision import Planner
 from fstq_export.sensitivity import Collector, Damage, Samples, Site, Weight
+from fstq_export.wanted import Precision
 from torch import nn
 
 from fstq_infer.errors import OptionError
