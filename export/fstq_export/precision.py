@@ -25,7 +25,7 @@ from fstq_infer.quant.allocate import Choice, allocate
 from fstq_infer.quant.codes import Quantized, quantize
 from fstq_infer.quant.formats import FORMATS
 from fstq_infer.quant.latency import Profile, Roofline
-from fstq_infer.quant.plan import Group, Plan
+from fstq_infer.quant.plan import OPTIONAL, Group, Plan
 
 Progress = Callable[[str, int, int], None]
 BITS = 5.0  # effective bits where nothing else is asked for
@@ -300,4 +300,6 @@ def _summary(plan: Plan) -> dict[str, Any]:
         {"name": name, "format": g.format, "bits": 8 * g.bytes / g.parameters, "bytes": g.bytes, "damage": g.damage}
         for name, g in plan.groups.items()
     ]
-    return {"budget": plan.budget, "bits": plan.bits, "bytes": plan.bytes, "damage": plan.damage, "groups": groups}
+    totals = {"budget": plan.budget, "bits": plan.bits, "bytes": plan.bytes, "damage": plan.damage}
+    extra = {key: value for key in OPTIONAL if (value := getattr(plan, key)) is not None}
+    return totals | extra | {"groups": groups}

@@ -150,6 +150,8 @@ def test_mixed_precision_from_plan_to_text(llama: Path, calib: Path, tmp_path: P
     assert done.report["verification"]["dense"]["logits"] < 1e-3
     assert done.report["verification"]["pruned"]["kept_equal"]
     assert done.report["precision"]["plan"]["bytes"] == plan.bytes
+    formats = done.report["calibration"]["formats"]  # what they lose without pruning, beside the unquantized model
+    assert formats["nll"] != done.report["calibration"]["dense"]["nll"] and formats["keep"] == 1.0
     probe = 4 * 60_000  # bytes, which stays as it is
     assert plan.bytes < bundle.manifest.files["model.onnx.data"].bytes < plan.bytes + probe
     assert "Bits per weight" in (tmp_path / "b" / "report.html").read_text()
