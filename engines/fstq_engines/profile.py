@@ -37,7 +37,7 @@ def write(bundle: Bundle, path: Path, tokens: int, threads: int | None = None) -
         raise OptionError(f"profile-tokens is {tokens}; expected a number of tokens above 0")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise OptionError(f"the profile {path} cannot be written: it is a folder, or its folder does not exist")
-    found = measure(shapes(bundle), sorted({1, tokens}), threads)
+    found = measure(shapes(bundle), sorted({1, tokens}), threads, SECONDS)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.write_text(found.to_toml(), encoding="utf-8")
@@ -62,9 +62,7 @@ def shapes(bundle: Bundle) -> list[tuple[int, int]]:
     return sorted(shape for shape in found if min(shape) > 1 and shape[0] * shape[1] <= LARGEST)
 
 
-def measure(
-    matrices: Sequence[tuple[int, int]], tokens: Sequence[int], threads: int | None = None, seconds: float = SECONDS
-) -> Profile:
+def measure(matrices: Sequence[tuple[int, int]], tokens: Sequence[int], threads: int | None, seconds: float) -> Profile:
     """Medians for all formats; the formats of one shape take turns, so that a slow moment strikes all."""
     kernels: dict[Kernel, float] = {}
     for outputs, inputs in matrices:

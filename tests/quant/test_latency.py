@@ -32,7 +32,7 @@ def test_times_between_and_beyond_what_was_measured(tokens: int, expected: float
 def test_other_shapes_and_formats_come_from_the_roofline_by_hand() -> None:
     assert PROFILE.seconds(1000, 1000, "fp32", 1) == pytest.approx(4e6 / 1e9)  # read
     assert PROFILE.seconds(1000, 1000, "fp32", 1000) == pytest.approx(2e9 / 1e10)  # computed
-    assert PROFILE.seconds(1000, 1000, "int4-32", 1) == pytest.approx(562_500 / 1e9)
+    assert PROFILE.seconds(1000, 1000, "int4-32", 1) == pytest.approx(564_000 / 1e9)
     assert ROOF.seconds(1000, 1000, "int8-dynamic", 1000) == pytest.approx(2e9 / 1e10 / DYNAMIC_RATE)
 
 
