@@ -21,7 +21,7 @@ from fstq_export.calibrate import SHOWN, Calibration, Calibrator
 from fstq_export.continuation import with_continuations
 from fstq_export.contract import split
 from fstq_export.heldout import whole_outcome
-from fstq_export.meter import quantize_in_place, quantized
+from fstq_export.meter import quantize_in_place, rounding_inputs
 from fstq_export.passes.pruning import PruneStage
 from fstq_export.recipe import Recipe
 from fstq_export.reference import parameter_count, reference
@@ -198,7 +198,8 @@ class Export:
             exact = whole_outcome(frozen, held)
             found = self._quantize(frozen, training, held)
             calibrator = Calibrator(frozen, fitting, request.recipe, self.progress, exact)
-            with quantized(weights(frozen), found.weights):
+            quantize_in_place(frozen, found.weights)
+            with rounding_inputs(weights(frozen), found.weights):
                 return calibrator.run(), calibrator.held, left_out
 
     def _quantize(self, frozen: Decoder, training: Sequence[Item], held: Sequence[Item]) -> precision.Result:
