@@ -5,6 +5,7 @@ Knows torch models and the order of these steps; formats, codes and the knapsack
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from fstq_infer.quant.latency import Profile, Roofline
 from fstq_infer.quant.plan import OPTIONAL, Group, Plan
 
 Progress = Callable[[str, int, int], None]
+_log = logging.getLogger(__name__)
 BITS = 5.0  # effective bits where nothing else is asked for
 AUTOMATIC = ("int4-128", "int4-64", "int4-32", "int8", "fp16", "fp32")
 LOW, HIGH = "int4-32", "int8"  # what rules without sensitivities choose between
@@ -152,10 +154,17 @@ class Planner:
             return None
         if not steps or (self.wanted.tune is None and len(fitting) < FEWEST_TEXTS):
             return None
-        return tune(
-            self.decoder, self.weights, codes, fitting, steps, self.seed,
-            lambda done: self.progress("train codes", done, steps),
-        )  # fmt: skip
+
+        def trained(done: int) -> None:
+            self.progress("train codes", done, steps)
+
+        try:
+            return tune(self.decoder, self.weights, codes, fitting, steps, self.seed, trained)
+        except OptionError as error:
+            if self.wanted.tune is not None:
+                raise
+            _log.warning("codes are not trained: %s", error)
+            return None
 
     def _formats(self) -> dict[str, str]:
         """group -> format, as asked for."""

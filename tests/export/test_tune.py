@@ -114,6 +114,16 @@ def test_too_little_memory(frozen: Decoder, monkeypatch: pytest.MonkeyPatch) -> 
         tune.tune(frozen, weights(frozen), rounded(frozen, "int4-32"), items(40), 4, 0)
 
 
+def test_memory_decides_where_nothing_was_asked_for(
+    frozen: Decoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tune, "available_memory", lambda: 1 << 20)
+    planner = Planner(frozen, Precision("int4-32"), "float32", 0, lambda *_: None)
+    planner.rivals = False
+    assert planner.run(items(64), items(8, 500)).plan.trained is None
+    assert "codes are not trained" in caplog.text
+
+
 def test_a_loss_that_is_no_number(frozen: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune.functional, "kl_div", lambda *_, **__: torch.tensor(float("nan"), requires_grad=True))
     monkeypatch.setattr(Meter, "measure", lambda _: {"divergence": 1.0})
