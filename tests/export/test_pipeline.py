@@ -142,7 +142,7 @@ def test_mixed_precision_from_plan_to_text(llama: Path, calib: Path, tmp_path: P
     from fstq_infer.runtime.generate import Generator
 
     recipe = Recipe(prune_layer=1, keep=0.5)
-    wanted = Precision.parse("auto", 6.0, None)
+    wanted = Precision.parse("auto", 6.0, None, tune=8)
     done = export(Request(str(llama), tmp_path / "b", recipe, calib, precision=wanted))
     bundle = Bundle.open(tmp_path / "b")
     plan = Plan.from_toml(bundle.file("plan.toml").read_bytes())
