@@ -1,6 +1,6 @@
 """What 5.0 bits per weight cost: the plan beside uniform int4, a last-layer rule and Fisher trace at equal bytes.
 
-python bench/precision.py      some 15 minutes on a quiet core; writes results/precision.json
+python bench/precision.py      half an hour on a quiet core; writes results/precision.json
 
 --only demo or --only stories260k measures one model and leaves the other's rows as they are. The rules' codes are not
 trained; "plan, codes not trained" is what to compare them with, format by format.
@@ -30,7 +30,7 @@ from fstq_export.wanted import Precision
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
 
-FITTING, HELD = 256, 192  # texts
+FITTING, HELD = 1024, 192  # texts; an export fits small models to up to 1,350
 LENGTH = 256  # tokens of a sampled story
 MODELS = ("demo", "stories260k")
 BITS, UNIFORM = 5.0, "uniform int4"
@@ -105,6 +105,7 @@ def targets(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--only", choices=MODELS)
+    options.add_argument("--fitting", type=int, default=FITTING, help="texts to fit codes and formats to")
     options.add_argument("--steps", type=int, help="of training codes; default: as an export of that size takes")
     given = options.parse_args()
     rows: list[dict[str, Any]] = []
@@ -121,14 +122,14 @@ def main() -> None:
         with reference.reference(found, stream=False) as decoder:
             if name == "demo":
                 tokenizer = source.tokenizer(found)
-                fitting, held = questions(tokenizer, "valid", FITTING, 1), questions(tokenizer, "test", HELD, 2)
+                fitting, held = questions(tokenizer, "valid", given.fitting, 1), questions(tokenizer, "test", HELD, 2)
             else:
-                fitting, held = stories(decoder, FITTING, 1), stories(decoder, HELD, 2)
+                fitting, held = stories(decoder, given.fitting, 1), stories(decoder, HELD, 2)
             steps = given.steps or tune.default_steps(parameter_count(found.config))
             measured = compare(name, decoder, fitting, held, steps)
         rows += measured
         wanted |= targets(measured)
-    write("precision", "taskset -c 0 python bench/precision.py", rows, wanted)
+    write("precision", " ".join(["python bench/precision.py", *sys.argv[1:]]), rows, wanted)
 
 
 if __name__ == "__main__":
