@@ -121,7 +121,7 @@ def test_the_fastest_plan_within_a_latency(frozen: Decoder) -> None:
         return Planner(frozen, wanted, "float32", 0, lambda *_: None).run(items(24), items(8, 900)).plan
 
     linear = 7 * families.LAYERS
-    fast = planned(f"{(linear * 16 + 1) * 1e-6 * 1.01}@16")
+    fast = planned(f"{(linear * 16 + 1) * 1e-6 * 1.001}@16")  # too little for anything slower
     assert set(fast.formats.values()) == {"int8-dynamic"}
     assert fast.latency == pytest.approx((linear * 16 + 1) * 1e-6)
     assert "latency = " in fast.to_toml() and 'latency_of = "16 prompt tokens; a board"' in fast.to_toml()
