@@ -1,6 +1,9 @@
 """What 5.0 bits per weight cost: the plan beside uniform int4, a last-layer rule and Fisher trace at equal bytes.
 
-python bench/precision.py      about a minute on a quiet core; writes results/precision.json
+python bench/precision.py      half an hour on a quiet core; writes results/precision.json
+
+--only demo or --only stories260k measures one model and leaves the other's rows as they are. The rules' codes are not
+trained; "plan, codes not trained" is what to compare them with, format by format.
 
 On the demo model (questions over contexts whose names calibration never saw) and on stories260k (its own samples, so
 that the unquantized model is the best there is and any change costs).
@@ -9,22 +12,27 @@ that the unquantized model is the best there is and any change costs).
 from __future__ import annotations
 
 import argparse
+import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import shared, target, write
-from fstq_export import data, precision, reference, source
+from common import RESULTS, shared, target, write
+from fstq_export import data, precision, reference, source, tune
 from fstq_export.demo import facts
 from fstq_export.demo.run import LENGTHS, MODEL
 from fstq_export.demo.train import amounts
+from fstq_export.reference import parameter_count
+from fstq_export.wanted import Precision
 
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
 
-FITTING, HELD = 256, 192  # texts
+FITTING, HELD = 1024, 192  # texts; an export fits small models to up to 1,350
 LENGTH = 256  # tokens of a sampled story
+MODELS = ("demo", "stories260k")
 BITS, UNIFORM = 5.0, "uniform int4"
 
 
@@ -50,19 +58,27 @@ def stories(decoder: Decoder, count: int, seed: int) -> list[Item]:
     return [Item(tuple(row), ()) for row in ids.tolist()]
 
 
-def compare(name: str, decoder: Decoder, fitting: list[Item], held: list[Item]) -> list[dict[str, Any]]:
+def told(step: str, done: int, total: int) -> None:
+    """Now and then, how far it is."""
+    if done % max(1, total // 4) == 0:
+        print(f"{step}: {done} of {total}", file=sys.stderr, flush=True)
+
+
+def compare(name: str, decoder: Decoder, fitting: list[Item], held: list[Item], steps: int) -> list[dict[str, Any]]:
     """Rows of the 5-bit plan and what rules make of its bytes, and of a plan within the bytes of uniform int4."""
 
-    planner = precision.Planner(decoder, precision.Precision(), "float32", 0, lambda *_: None)
+    planner = precision.Planner(decoder, Precision(), "float32", 0, told)
 
-    def run(wanted: precision.Precision) -> list[dict[str, Any]]:
-        planner.wanted = wanted
+    def run(wanted: Precision, rivals: bool = True) -> list[dict[str, Any]]:
+        planner.wanted, planner.rivals = wanted, rivals
         found: list[dict[str, Any]] = planner.run(fitting, held).report["measured"]["rows"]
         return found
 
-    rows = run(precision.Precision("auto", bits=BITS))
+    rows = run(Precision("auto", bits=BITS, tune=steps))
     uniform = next(row for row in rows if row["name"] == UNIFORM)
-    within = next(row for row in run(precision.Precision("auto", bytes=uniform["bytes"])) if row["name"] == "plan")
+    within = next(
+        row for row in run(Precision("auto", bytes=uniform["bytes"], tune=0), rivals=False) if row["name"] == "plan"
+    )
     rows = [{"model": name, **row} for row in (*rows, within | {"name": "plan, bytes of uniform int4"})]
     for row in rows:
         print(
@@ -77,7 +93,9 @@ def targets(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     by_name = {row["name"]: row for row in rows}
     name, plan, within = rows[0]["model"], by_name["plan"], by_name["plan, bytes of uniform int4"]
     found = {f"{name}: NLL at {BITS} bits, rise over fp32": target(plan["drop"], 0.01, at_least=False)}
-    for rule, ours in ((UNIFORM, plan), (UNIFORM, within), ("last layers", plan), ("Fisher trace", plan)):
+    rounded = by_name["plan, codes not trained"]
+    pairs = [(UNIFORM, plan), (UNIFORM, within), ("last layers", plan), ("Fisher trace", plan)]
+    for rule, ours in (*pairs, ("last layers", rounded), ("Fisher trace", rounded)):
         beside = f"{name}: {ours['name']} over {rule}"
         for key in ("nll", "divergence"):
             found[f"{beside}, {key}"] = target(ours[key] / by_name[rule][key], 1.0, at_least=False)
@@ -86,21 +104,32 @@ def targets(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.parse_args()
+    options.add_argument("--only", choices=MODELS)
+    options.add_argument("--fitting", type=int, default=FITTING, help="texts to fit codes and formats to")
+    options.add_argument("--steps", type=int, help="of training codes; default: as an export of that size takes")
+    given = options.parse_args()
     rows: list[dict[str, Any]] = []
     wanted: dict[str, dict[str, Any]] = {}
-    for name, folder in (("demo", MODEL), ("stories260k", shared("models/stories260k"))):
+    torch.set_num_threads(1)
+    for name in MODELS:
+        if given.only not in (None, name):
+            before = json.loads((RESULTS / "precision.json").read_text(encoding="utf-8"))
+            rows += [row for row in before["rows"] if row["model"] == name]
+            wanted |= {what: figure for what, figure in before["targets"].items() if what.startswith(f"{name}: ")}
+            continue
+        folder = MODEL if name == "demo" else shared("models/stories260k")
         found = source.resolve(str(Path(folder)))
         with reference.reference(found, stream=False) as decoder:
             if name == "demo":
                 tokenizer = source.tokenizer(found)
-                fitting, held = questions(tokenizer, "valid", FITTING, 1), questions(tokenizer, "test", HELD, 2)
+                fitting, held = questions(tokenizer, "valid", given.fitting, 1), questions(tokenizer, "test", HELD, 2)
             else:
-                fitting, held = stories(decoder, FITTING, 1), stories(decoder, HELD, 2)
-            measured = compare(name, decoder, fitting, held)
+                fitting, held = stories(decoder, given.fitting, 1), stories(decoder, HELD, 2)
+            steps = given.steps or tune.default_steps(parameter_count(found.config))
+            measured = compare(name, decoder, fitting, held, steps)
         rows += measured
         wanted |= targets(measured)
-    write("precision", "python bench/precision.py", rows, wanted)
+    write("precision", " ".join(["python bench/precision.py", *sys.argv[1:]]), rows, wanted)
 
 
 if __name__ == "__main__":

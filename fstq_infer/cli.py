@@ -129,6 +129,25 @@ def export(
         float | None, typer.Option(help="Budget of --precision auto: bits per weight, scales counted; default: 5.")
     ] = None,
     bytes: Annotated[int | None, typer.Option(help="Budget of --precision auto: bytes of all weights.")] = None,
+    target_latency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SECONDS[@PROMPT]",
+            help="Budget of --precision auto: seconds in all matrices for a decoded token, or for a prompt of so many "
+            "tokens, on the device of --profile.",
+        ),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="A device profile, from 'fstq build --profile'; default: a roofline of this machine."),
+    ] = None,
+    tune_codes: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps that train integer codes towards the unquantized model, on --calib; 0: none; default: 1000 up "
+            "to 1 M weights, 200 up to 8 M, then none."
+        ),
+    ] = None,
     score: Annotated[
         str, typer.Option(help="Sensitivity that the probe learns: gate, embedding, or auto: what measures best.")
     ] = "auto",
@@ -163,6 +182,9 @@ def export(
         precision=precision,
         bits=bits,
         bytes=bytes,
+        target_latency=target_latency,
+        profile=profile,
+        tune_codes=tune_codes,
     )
 
 
@@ -172,11 +194,18 @@ def build(
     backend: Annotated[str, typer.Option(help="The backend to build for.")] = "ort",
     force: Annotated[bool, typer.Option("--force", help="Build again even when an engine is there.")] = False,
     threads: Threads = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also measure every format's kernels for the bundle's matrices, and write them to this file."
+        ),
+    ] = None,
+    profile_tokens: Annotated[int, typer.Option(help="Length of a prompt that --profile measures with.")] = 256,
     json: Json = False,
 ) -> None:
     """Build the engine of a bundle for this device and check it against the bundle."""
     load("fstq_infer.commands:build", "fstq build", "ort")(
-        bundle, backend=backend, force=force, threads=threads, json=json
+        bundle, backend=backend, force=force, threads=threads, json=json, profile=profile, profile_tokens=profile_tokens
     )
 
 

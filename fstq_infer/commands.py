@@ -15,6 +15,7 @@ from rich.text import Text
 
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import OptionError
+from fstq_infer.lazy import load
 from fstq_infer.runtime.bench import BenchReport, measure
 from fstq_infer.runtime.generate import Generator
 from fstq_infer.runtime.load import build_engine
@@ -25,11 +26,24 @@ out = Console(highlight=False, markup=False, soft_wrap=True)
 notes = Console(stderr=True, highlight=False)
 
 
-def build(path: Path, *, backend: str, force: bool, threads: int | None, json: bool) -> None:
+def build(
+    path: Path,
+    *,
+    backend: str,
+    force: bool,
+    threads: int | None,
+    json: bool,
+    profile: Path | None = None,
+    profile_tokens: int = 256,
+) -> None:
     """``fstq build``."""
     bundle = Bundle.open(path)
     with notes.status("building and checking the engine"):
         engine = build_engine(bundle, backend=backend, force=force, threads=threads)
+    if profile is not None:
+        measure_device = load("fstq_engines.profile:write", "fstq build --profile", "ort")
+        with notes.status("measuring kernels"):
+            measure_device(bundle, profile, profile_tokens, threads)
     sidecar = jsonlib.loads((engine / "engine.json").read_text(encoding="utf-8"))
     if json:
         out.print_json(data={"engine": str(engine), **sidecar})
@@ -37,6 +51,8 @@ def build(path: Path, *, backend: str, force: bool, threads: int | None, json: b
     out.print(f"engine: {engine}")
     made = f"{sidecar['build_seconds']:.1f} s with {sidecar['backend']} {sidecar['version']}"
     out.print(f"built in {made}; agrees with its bundle")
+    if profile is not None:
+        out.print(f"profile: {profile}")
 
 
 def run(

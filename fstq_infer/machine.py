@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+MEMINFO = Path("/proc/meminfo")
+
 
 def physical_cores() -> int:
     """Physical cores that this process may run on; hyperthreads of one core count once."""
@@ -30,6 +32,15 @@ def peak_rss() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping; None where that is not known."""
+    try:
+        lines = MEMINFO.read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
 
 
 def description() -> dict[str, Any]:

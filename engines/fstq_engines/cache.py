@@ -22,6 +22,7 @@ from typing import Any
 from fstq_infer.atomic import sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
 from fstq_infer.errors import EngineError, EngineMismatchError
+from fstq_infer.machine import available_memory
 from fstq_infer.manifest import GRAPH_CONTRACT
 
 try:
@@ -29,10 +30,10 @@ try:
 except ImportError:  # outside POSIX builds are not serialised
     fcntl = None  # type: ignore[assignment]
 
-FORMAT, LAYOUT, SIDECAR = "fstq-engine", 5, "engine.json"
+FORMAT, LAYOUT, SIDECAR = "fstq-engine", 4, "engine.json"
 SIDECAR_CAP = 1 << 20
 PARTIAL = re.compile(r"\.[0-9a-f]{20}\.partial-[0-9]+")  # of a key, see fstq_infer/atomic.py
-CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,12 +225,8 @@ def _wait(lock: int) -> bool:
 
 def require_memory(needed: int) -> None:
     """Raise EngineError when less memory is available; where that cannot be found out, try."""
-    try:
-        lines = MEMINFO.read_text(encoding="utf-8").splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    except (OSError, StopIteration, ValueError):
-        return
-    if free < needed:
+    free = available_memory()
+    if free is not None and free < needed:
         raise EngineError(
             f"building needs about {_mib(needed)} of memory, but {_mib(free)} are available. Close other programs, "
             "add swap, or build on another machine with the same CPU and copy the engine's directory."

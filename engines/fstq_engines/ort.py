@@ -19,19 +19,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fstq_engines import cache, parity
+from fstq_engines import cache, lower, parity
 from fstq_engines.cache import SIDECAR, Identity, Sidecar
 from fstq_engines.external import check_external_data
+from fstq_engines.lower import WEIGHTS
 from fstq_infer.atomic import atomic_directory, sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
-from fstq_infer.errors import BundleError, EngineError, MissingExtraError
+from fstq_infer.errors import BundleError, EngineError
 from fstq_infer.machine import peak_rss
 from fstq_infer.runtime.ort import MODEL, OrtEngine, brief, import_onnxruntime, session_options
 
-BACKEND, WEIGHTS, LOWERED = "onnxruntime", "model.onnx.data", "lowered"
+BACKEND, LOWERED, LOWERED_PART = "onnxruntime", "lowered", "part"
 INLINE_BYTES = 1024  # smaller initializers stay in the graph
-BUILD_MEMORY = 256 << 20  # besides the weights twice: as they are read, and as they are written or prepacked
-BUILD_DISK = 64 << 20  # besides the weights three times: narrow numbers may become wider
+BUILD_MEMORY, BUILD_DISK = 256 << 20, 64 << 20  # besides what lowering says that the weights need
 Progress = Callable[[str], None]
 _log = logging.getLogger(__name__)
 
@@ -110,28 +110,49 @@ def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, 
         raise EngineError(f"{bundle.path} has changed since it was opened. Wait until it is written, and try again.")
     files = [name for name in (MODEL, WEIGHTS) if name in bundle.manifest.files]
     check_external_data(bundle.file(MODEL), files[1:])
-    size = sum(bundle.manifest.files[name].bytes for name in files)
-    cache.require_memory(2 * size + BUILD_MEMORY)
-    cache.require_disk(target, 3 * size + BUILD_DISK)
+    lowering = lower.Lowering(bundle)
+    cache.require_memory(lowering.memory + BUILD_MEMORY)
+    cache.require_disk(target, lowering.disk + BUILD_DISK)
     made = parity.cases(bundle.manifest.model, bundle.manifest.stages)
-    # One session at a time: each is gone before the next is opened.
+
+    def outputs(directory: Path) -> list[parity.Output]:
+        """One session at a time: each is gone before the next is opened."""
+        gc.collect()
+        return parity.run(OrtEngine(directory, bundle, threads=threads), made)
+
     say("running the bundle's own graph")
-    expected = parity.run(OrtEngine(bundle.path, bundle, threads=threads), made)
-    gc.collect()
+    dtype, expected = bundle.manifest.model.dtype, outputs(bundle.path)
     try:
         with atomic_directory(target, overwrite=True, marker=SIDECAR) as partial:
+            say("lowering the graph")
+            lowering.write(partial / LOWERED)
+            written: list[parity.Output] = []
+            checks: dict[str, Any] = {"layers": lowering.checked}
+            if lowering.rounding:
+                # The whole engine cannot be compared closely; its parts can.
+                if lowering.in_place:
+                    say("checking caches in place")
+                    with lowering.temporary(partial / LOWERED_PART, "in place") as part:
+                        checks["in_place"] = asdict(parity.compare(made, expected, outputs(part), dtype))
+                say("measuring what rounding inputs does")
+                with lowering.temporary(partial / LOWERED_PART, "rounded") as part:
+                    written = outputs(part)
             say("optimising the graph")
-            rounded = _optimise(bundle, partial, threads)
+            _optimise(bundle, partial, threads)
             say("comparing the engine with the bundle")
-            found = parity.run(OrtEngine(partial, bundle, threads=threads), made)
-            result = parity.compare(made, expected, found, bundle.manifest.model.dtype, rounded)
+            found = outputs(partial)
+            result = (
+                parity.compare_rounded(made, expected, written, found, dtype)
+                if lowering.rounding
+                else parity.compare(made, expected, found, dtype)
+            )
             sidecar = Sidecar(
                 identity=wanted,
                 bundle_path=str(bundle.path.absolute()),
                 files={p.name: FileEntry(p.stat().st_size, sha256_file(p)) for p in sorted(partial.iterdir())},
                 build_seconds=round(time.monotonic() - started, 3),
                 peak_rss_bytes=peak_rss(),
-                parity=asdict(result),
+                parity=asdict(result) | checks,
             )
             (partial / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
     except BundleError as error:  # of atomic_directory, whose messages speak for themselves
@@ -139,48 +160,10 @@ def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, 
     say(f"built {target} in {sidecar.build_seconds:.1f} s")
 
 
-def _lower(bundle: Bundle, out: Path) -> bool:
-    """Write the bundle's graph as this onnxruntime runs it best into ``out``, with all its weights.
-
-    Returns whether it rounds inputs of layers.
-    """
-    try:
-        import onnx_ir as ir
-
-        from fstq_engines.quantized import QuantizedLayers
-        from fstq_engines.shortlist import Shortlist
-        from fstq_engines.static_cache import StaticCache, probe_model
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("Building an engine", error.name or "onnx_ir", "ort") from error
-    layers = QuantizedLayers()
-    passes: list[Any] = [layers]
-    try:
-        import_onnxruntime().InferenceSession(probe_model(), session_options(1), providers=["CPUExecutionProvider"])
-    except Exception:  # ONNX Runtime's exceptions have no common base
-        _log.info("this onnxruntime has no TensorScatter: the engine will copy its cache at each call")
-    else:
-        passes += [StaticCache([stage.layer for stage in bundle.manifest.stages]), Shortlist()]
-    try:
-        model = ir.passes.Sequential(*passes)(ir.load(bundle.file(MODEL))).model
-    except (ir.passes.PassError, ir.passes.InvariantError) as error:
-        raise EngineError(
-            f"{bundle.file(MODEL)} is not built as expected: {error.__cause__ or error}. Export it again."
-        ) from error
-    except (OSError, ValueError, TypeError, NotImplementedError) as error:
-        raise EngineError(f"{bundle.file(MODEL)} cannot be read: {error}. Fetch an undamaged copy.") from error
-    try:
-        out.mkdir()
-        ir.save(model, out / MODEL, external_data=WEIGHTS)
-    except OSError as error:
-        raise EngineError(f"{out.parent} cannot be written: {error}. Free some space, and build again.") from error
-    return layers.rounding > 0
-
-
-def _optimise(bundle: Bundle, out: Path, threads: int | None) -> bool:
-    """Write the lowered and optimised graph and its weights into ``out``; whether it rounds inputs of layers."""
+def _optimise(bundle: Bundle, out: Path, threads: int | None) -> None:
+    """Write the lowered graph and its weights optimised into ``out``."""
     ort, options = import_onnxruntime(), session_options(threads)
-    rounded = _lower(bundle, out / LOWERED)
-    gc.collect()  # the lowered model is a cycle, and holds weights
+    gc.collect()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(out / MODEL)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
@@ -194,4 +177,3 @@ def _optimise(bundle: Bundle, out: Path, threads: int | None) -> bool:
             f"onnxruntime {ort.__version__} cannot optimise {bundle.file(MODEL)}: {brief(error)}"
         ) from error
     shutil.rmtree(out / LOWERED)
-    return rounded

@@ -1,4 +1,9 @@
-"""Does an engine compute what its bundle does? The same token batches through both, one after the other in memory."""
+"""Does an engine compute what its bundle does? The same token batches through both, one after the other in memory.
+
+An engine that rounds inputs of layers computes something else on purpose. How far it may be away is measured: as far as
+the bundle's own graph is, with the same rounding written out, and a margin, since a difference in the last bit can make
+another code of an input, and many such make up another rounding of equal size.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,8 @@ from fstq_infer.runtime.engine import Engine, Float32, Int64, Stage
 from fstq_infer.runtime.options import keep_counts, keep_ratios
 
 TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}  # in units of the logits' deviation, where above 1
-ROUNDED, AGREEING = 0.3, 0.75  # where inputs are rounded: mean square difference of logits, share of equal kept tokens
+MARGIN = 2.0  # of what rounding alone does to logits and kept tokens
+LEAST_TOKENS = 2  # other kept tokens that are allowed in any case, per row
 LONG, SHORT, SMALL_MODEL = 96, 32, 50_000_000  # tokens of a prefill; parameters up to which it is the long one
 DECODE_STEPS = 4
 SEED, SHARE = 0, 600_000  # millionths of the score mass that stay where a prompt is pruned adaptively
@@ -38,12 +44,17 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Largest logits difference over all cases, in the unit of ``tolerance``; the cases; longest prefill in tokens."""
+    """Largest logits difference over all cases, in the unit of ``tolerance``; the cases; longest prefill in tokens.
+
+    tokens_apart: most kept tokens of a row that differ, and how many may.
+    """
 
     difference: float
     tolerance: float
     cases: tuple[str, ...]
     tokens: int
+    tokens_apart: int = 0
+    tokens_allowed: int = 0
 
 
 def cases(model: ModelInfo, stages: Sequence[Stage]) -> list[Case]:
@@ -88,44 +99,86 @@ def run(engine: Engine, made: Sequence[Case]) -> list[Output]:
     return outputs
 
 
-def compare(
-    made: Sequence[Case], expected: Sequence[Output], found: Sequence[Output], dtype: str, rounded: bool = False
-) -> Parity:
-    """Raises ParityError, naming case and step, where kept indices differ or logits differ by more than allowed.
+ADVICE = "Nothing was kept. Please report the model and these versions; another onnxruntime version may do better."
 
-    rounded: the engine rounds inputs of layers to int8, which the bundle's graph does not. Nothing is equal then; root
-    mean square differences are compared, and most tokens that are kept have to be the same. That shows a graph that
-    computes something else, not a small fault in one layer.
-    """
-    allowed, worst = ROUNDED if rounded else TOLERANCE[dtype], 0.0
-    advice = "Nothing was kept. Please report the model and these versions; another onnxruntime version may do better."
+
+def compare(made: Sequence[Case], expected: Sequence[Output], found: Sequence[Output], dtype: str) -> Parity:
+    """Raises ParityError, naming case and step, where kept indices differ or logits differ by more than allowed."""
+    allowed, worst = TOLERANCE[dtype], 0.0
     for case, one, other in zip(made, expected, found, strict=True):
         for stage, (ours, theirs) in enumerate(zip(one.kept, other.kept, strict=True), 1):
-            if not (_agree(ours, theirs) if rounded else np.array_equal(ours, theirs)):
+            if not np.array_equal(ours, theirs):
                 count = ours.size if ours.shape != theirs.shape else int((ours != theirs).sum())
                 raise ParityError(
                     f"the engine keeps other tokens than its bundle's graph: {case.name}, stage {stage}, {count} of "
-                    f"{ours.size} indices differ. {advice}"
+                    f"{ours.size} indices differ. {ADVICE}"
                 )
         for number, (want, have) in enumerate(zip(one.logits, other.logits, strict=True)):
-            apart = want - have
-            size = np.sqrt(np.mean(apart**2)) if rounded else np.abs(apart).max()
-            difference = float(size) / (float(want.std()) if rounded else max(1.0, float(want.std())))
+            difference = float(np.abs(want - have).max()) / max(1.0, float(want.std()))
             if not difference <= allowed:  # NaN too
-                step = f"decode step {number}" if number else "prefill"
                 raise ParityError(
-                    f"the engine computes other logits than its bundle's graph: {case.name}, {step}: difference "
-                    f"{difference:.3g}, allowed {allowed:g}. {advice}"
+                    f"the engine computes other logits than its bundle's graph: {case.name}, {_step(number)}: "
+                    f"difference {difference:.3g}, allowed {allowed:g}. {ADVICE}"
                 )
             worst = max(worst, difference)
-    tokens = max(len(row) - DECODE_STEPS for case in made for row in case.rows)
-    return Parity(worst, allowed, tuple(case.name for case in made), tokens)
+    return Parity(worst, allowed, tuple(case.name for case in made), _longest(made))
 
 
-def _agree(ours: Int64, theirs: Int64) -> bool:
-    """Whether most kept columns are the same, row by row."""
-    for one, other in zip(ours, theirs, strict=True):
-        kept, found = set(one.tolist()) - {-1}, set(other.tolist()) - {-1}
-        if len(kept & found) < AGREEING * max(len(kept), len(found)):
-            return False
-    return True
+def compare_rounded(
+    made: Sequence[Case], expected: Sequence[Output], written: Sequence[Output], found: Sequence[Output], dtype: str
+) -> Parity:
+    """An engine that rounds inputs: its outputs beside the bundle's, and beside those with the rounding written out.
+
+    Differences of logits are root mean squares in units of their deviation, of cases that keep the same tokens. Raises
+    ParityError where the engine is further from its bundle than ``MARGIN`` times what rounding does.
+    """
+    apart = max(_tokens_apart(one, other) for one, other in zip(expected, written, strict=True))
+    tokens_allowed = int(MARGIN * apart) + LEAST_TOKENS
+    noise = _distances(expected, written)
+    allowed = MARGIN * max(noise.values(), default=0.0) + TOLERANCE[dtype]
+    most, worst = 0, 0.0
+    for case, one, other in zip(made, expected, found, strict=True):
+        count = _tokens_apart(one, other)
+        if count > tokens_allowed:
+            raise ParityError(
+                f"the engine keeps other tokens than its bundle's graph: {case.name}: {count} of a row differ, at most "
+                f"{tokens_allowed} may, as rounding inputs to int8 alone changes {apart}. {ADVICE}"
+            )
+        most = max(most, count)
+    for (number, step), difference in _distances(expected, found).items():
+        if not difference <= allowed:
+            raise ParityError(
+                f"the engine computes other logits than its bundle's graph: {made[number].name}, {_step(step)}: "
+                f"difference {difference:.3g}, allowed {allowed:.3g}, {MARGIN:g} times what rounding inputs to int8 "
+                f"alone does. {ADVICE}"
+            )
+        worst = max(worst, difference)
+    return Parity(worst, allowed, tuple(case.name for case in made), _longest(made), most, tokens_allowed)
+
+
+def _distances(expected: Sequence[Output], found: Sequence[Output]) -> dict[tuple[int, int], float]:
+    """(case, step) -> how far logits are apart, for cases whose kept tokens are the same."""
+    return {
+        (number, step): float(np.sqrt(np.mean((want - have) ** 2)) / max(float(want.std()), 1e-30))
+        for number, (one, other) in enumerate(zip(expected, found, strict=True))
+        if not _tokens_apart(one, other)
+        for step, (want, have) in enumerate(zip(one.logits, other.logits, strict=True))
+    }
+
+
+def _tokens_apart(one: Output, other: Output) -> int:
+    """Most tokens that a row keeps after some stage in one output and not in the other."""
+    most = 0
+    for ours, theirs in zip(one.kept, other.kept, strict=True):
+        for mine, their in zip(ours, theirs, strict=True):
+            kept, found = set(mine.tolist()) - {-1}, set(their.tolist()) - {-1}
+            most = max(most, len(kept - found), len(found - kept))
+    return most
+
+
+def _step(number: int) -> str:
+    return f"decode step {number}" if number else "prefill"
+
+
+def _longest(made: Sequence[Case]) -> int:
+    return max(len(row) - DECODE_STEPS for case in made for row in case.rows)

@@ -1,70 +1,107 @@
 """Pass for ONNX Runtime's CPU kernels: layers whose weights are integer codes compute with these codes.
 
 A bundle stores codes behind DequantizeLinear, (outputs, inputs), blocks along the inputs or a scale for each output; a
-MatMul reads them transposed. ONNX Runtime would make floating-point weights of them anew at every call. Instead:
-
-- int4 in blocks, and int8: MatMulNBits, inputs rounded to int8 in blocks (accuracy level 4);
-- int8 with dynamic inputs: DynamicQuantizeLinear and MatMulInteger, the fastest there is for many tokens;
-- embeddings: rows are looked up as codes.
+MatMul reads them transposed. ONNX Runtime would make floating-point weights of them anew at every call. Which operators
+take their place is told in :mod:`fstq_engines.codes`; a kernel that computes something else here is not used.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-import ml_dtypes
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from fstq_engines.graph import initializer
+from fstq_engines.codes import MICROSOFT, Rounded, Weight
 
-MICROSOFT = "com.microsoft"
 METADATA, DYNAMIC = "fstq.format", "int8-dynamic"  # written by the exporter on each operator that reads such a weight
-BYTE_BLOCK = 128  # inputs that share a scale in an int8 layer: its kernel has no scale for a whole row
-INT8_INPUTS = 4  # MatMulNBits' accuracy level
-Array = NDArray[Any]
+STRICT = 1e-4  # difference of a layer to the same sums in NumPy, in units of their deviation
+Check = Callable[[Weight, str], float]  # (weight, "rows", "dynamic" or "blocks") -> that difference
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A node that computes with codes. ways: of computing it, best first."""
+
+    node: ir.Node
+    weight: Weight
+    ways: tuple[str, ...]
+
+    @property
+    def rounded(self) -> int:
+        """Neighbours among a token's inputs that the first way rounds with one scale; 0: inputs stay as they are."""
+        return 0 if self.ways[0] == "rows" else self.weight.inputs(self.ways[0] == "dynamic")
+
+
+def layers(graph: ir.Graph) -> Iterator[Layer]:
+    """All nodes that read codes through DequantizeLinear and for which there are kernels; a node may be replaced."""
+    for node in list(graph):
+        weight = _weight(graph, node)
+        if weight is not None:
+            dynamic = node.metadata_props.get(METADATA) == DYNAMIC
+            ways = ("rows",) if node.op_type == "Gather" else ("dynamic", "blocks") if dynamic else ("blocks",)
+            yield Layer(node, weight, ways)
 
 
 class QuantizedLayers(InPlacePass):
-    """Give MatMul and Gather nodes that read codes the kernels for them.
+    """Give MatMul, Gemm and Gather nodes that read codes the kernels for them, if ``check`` finds that they are right.
 
-    ``changed`` counts these nodes, ``rounding`` those whose inputs are rounded to int8. Graphs that compute in half
-    precision stay as they are: the kernels are for float32.
+    ``changed`` counts these nodes, ``rounding`` those whose inputs are rounded to int8, ``refused`` those that stay
+    because of the check; ``worst`` is the largest difference that was let pass. Graphs that compute in half precision
+    stay as they are: the kernels are for float32.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check: Check = lambda _weight, _way: 0.0) -> None:
         super().__init__()
-        self.changed = self.rounding = 0
+        self.check = check
+        self.changed = self.rounding = self.refused = 0
+        self.worst = 0.0
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
-        rounded: dict[ir.Value | None, tuple[ir.Value, ir.Value, ir.Value]] = {}
-        for node in list(graph):
-            weight = _weight(graph, node)
-            if weight is None:
+        rounded: Rounded = {}
+        for layer in layers(graph):
+            node, weight, way = layer.node, layer.weight, self._way(layer)
+            if way is None:
+                self.refused += 1
                 continue
             tape = ir.tape.Tape()
-            if node.op_type == "Gather":
+            if way == "rows":
                 out = weight.rows(tape, node.inputs[1])
-            elif node.metadata_props.get(METADATA) == DYNAMIC:
+            elif way == "dynamic":
                 out = weight.dynamic(tape, node.inputs[0], rounded)
             else:
                 out = weight.blocks(tape, node.inputs[0])
+            if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+                out = tape.op("Add", [out, node.inputs[2]])
             ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [out])
             self.changed += 1
-            self.rounding += node.op_type == "MatMul"
+            self.rounding += way != "rows"
         if self.changed:
             model.opset_imports.setdefault(MICROSOFT, 1)
             RemoveUnusedNodesPass()(model)
         return PassResult(model, bool(self.changed))
 
+    def _way(self, layer: Layer) -> str | None:
+        for way in layer.ways:
+            apart = self.check(layer.weight, way)
+            if apart <= STRICT:
+                self.worst = max(self.worst, apart)
+                return way
+            _log.warning(
+                "%s: the kernel for %r differs by %.2g from what it should compute on this machine, so it is not used",
+                layer.node.name or layer.weight.name, way, apart,
+            )  # fmt: skip
+        return None
+
 
 def _weight(graph: ir.Graph, node: ir.Node) -> Weight | None:
     """What a node reads through DequantizeLinear, a MatMul transposed; None where it reads something else."""
-    path = {"MatMul": (1, "Transpose", 0), "Gather": (0,)}.get(node.op_type, ())
+    path = {"MatMul": (1, "Transpose", 0), "Gather": (0,), "Gemm": _gemm(node)}.get(node.op_type, ())
     source: ir.Node | None = node
     for step in path:
         if isinstance(step, int):
@@ -80,7 +117,15 @@ def _weight(graph: ir.Graph, node: ir.Node) -> Weight | None:
     if codes is None or scales is None or len(codes.shape) != 2:
         return None
     block = source.attributes["block_size"].as_int() if "block_size" in source.attributes else 0
-    return Weight(graph, str(codes.name), codes.numpy(), scales.numpy().astype(np.float32), block)
+    return Weight(graph, str(codes.name), codes, scales, block)
+
+
+def _gemm(node: ir.Node) -> tuple[int | str, ...]:
+    """The way to the codes of a Gemm that is a MatMul and a bias; none for another."""
+    values = {name: attribute.value for name, attribute in node.attributes.items()}
+    if values.get("transA", 0) or values.get("alpha", 1.0) != 1.0 or values.get("beta", 1.0) != 1.0:
+        return ()
+    return (1,) if values.get("transB", 0) else (1, "Transpose", 0)
 
 
 def _stored(value: ir.Value | None) -> tuple[ir.TensorProtocol | None, ir.DataType | None]:
@@ -89,58 +134,3 @@ def _stored(value: ir.Value | None) -> tuple[ir.TensorProtocol | None, ir.DataTy
     if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
         return producer.inputs[0].const_value, ir.DataType(producer.attributes["to"].as_int())
     return (value.const_value, value.dtype) if value is not None else (None, None)
-
-
-class Weight:
-    """One matrix, codes (outputs, inputs) and scales (outputs,) or (outputs, blocks of ``block`` inputs)."""
-
-    def __init__(self, graph: ir.Graph, name: str, codes: Array, scales: Array, block: int) -> None:
-        self.graph, self.name, self.codes, self.scales, self.block = graph, name, codes, scales, block
-        self.bits = 4 if codes.dtype == ml_dtypes.int4 else 8
-
-    def _constant(self, what: str, array: Array) -> ir.Value:
-        return initializer(self.graph, f"{self.name}.{what}", array)
-
-    def rows(self, tape: ir.tape.Tape, ids: ir.Value | None) -> ir.Value:
-        """Gather: rows as numbers."""
-        if self.bits == 4:
-            inputs = [self._constant("rows", self.codes), ids, self._constant("row_scales", self.scales)]
-            attributes = {"block_size": self.block, "gather_axis": 0, "quantize_axis": 1, "bits": 4}
-            return tape.op("GatherBlockQuantized", inputs, attributes, domain=MICROSOFT)
-        found = tape.op("Gather", [self._constant("rows", self.codes), ids], {"axis": 0})
-        scales = self._constant("row_scales", self.scales.reshape(-1, 1))
-        own = tape.op("Gather", [scales, ids], {"axis": 0})
-        return tape.op("Mul", [tape.op("Cast", [found], {"to": int(ir.DataType.FLOAT)}), own])
-
-    def dynamic(
-        self,
-        tape: ir.tape.Tape,
-        inputs: ir.Value | None,
-        rounded: dict[ir.Value | None, tuple[ir.Value, ir.Value, ir.Value]],
-    ) -> ir.Value:
-        """Inputs rounded to 8 bits with one scale for all, once for all layers that read them."""
-        if inputs not in rounded:
-            made = tape.op_multi_out("DynamicQuantizeLinear", [inputs], num_outputs=3)
-            rounded[inputs] = (made[0], made[1], made[2])
-        codes, scale, zero = rounded[inputs]
-        weight = self._constant("columns", np.ascontiguousarray(self.codes.T))
-        product = tape.op("MatMulInteger", [codes, weight, zero])
-        scales = tape.op("Mul", [scale, self._constant("column_scales", self.scales.reshape(-1))])
-        return tape.op("Mul", [tape.op("Cast", [product], {"to": int(ir.DataType.FLOAT)}), scales])
-
-    def blocks(self, tape: ir.tape.Tape, inputs: ir.Value | None) -> ir.Value:
-        """MatMulNBits: codes packed (outputs, blocks, bytes), their zero in the middle."""
-        outputs, columns = self.codes.shape
-        block = self.block or BYTE_BLOCK
-        count = -(-columns // block)
-        codes = np.pad(self.codes.astype(np.int8), ((0, 0), (0, count * block - columns)))
-        packed = (codes.astype(np.int16) + 2 ** (self.bits - 1)).astype(np.uint8).reshape(outputs, count, block)
-        if self.bits == 4:
-            packed = packed[..., ::2] | packed[..., 1::2] << 4
-        scales = self.scales if self.scales.size == outputs * count else np.repeat(self.scales.reshape(-1, 1), count, 1)
-        attributes = {"K": columns, "N": outputs, "bits": self.bits, "block_size": block, "accuracy_level": INT8_INPUTS}
-        constants = [
-            self._constant("packed", np.ascontiguousarray(packed)),
-            self._constant("scales", scales.reshape(-1)),
-        ]
-        return tape.op("MatMulNBits", [inputs, *constants], attributes, domain=MICROSOFT)

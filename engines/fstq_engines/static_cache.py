@@ -18,6 +18,7 @@ from fstq_engines.graph import initializer
 from fstq_infer.runtime.ort_caches import LENGTHS
 
 OPSET = 24
+PLACES = {"key": 4, "value": 5}  # inputs of Attention
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -33,6 +34,23 @@ class StaticCache(InPlacePass):
         missing = [n for g in range(len(self.borders) + 1) if (n := f"past_positions.{g}") not in names]
         if missing or LENGTHS in names:
             raise PreconditionError(f"a graph of contract 1 is needed; {missing or LENGTHS} is amiss")
+        outputs = {value.name: value for value in model.graph.outputs}
+        for group in range(len(self.borders) + 1):
+            concat = outputs[f"present_positions.{group}"].producer()
+            if concat is None or concat.op_type != "Concat":
+                raise PreconditionError(
+                    f"present_positions.{group} is made by {concat and concat.op_type}, expected a Concat"
+                )
+        for value in model.graph.inputs:
+            match = _PAST.fullmatch(str(value.name))
+            if match is None:
+                continue
+            readers, place = list(value.uses()), PLACES[match.group(2)]
+            if len(readers) != 1 or readers[0][0].op_type != "Attention" or readers[0][1] != place:
+                found = ", ".join(sorted({node.op_type for node, _ in readers})) or "nothing"
+                raise PreconditionError(
+                    f"{value.name} is read by {found}, expected one Attention, as its input {place}"
+                )
 
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
@@ -51,15 +69,15 @@ class StaticCache(InPlacePass):
         outputs = {value.name: value for value in graph.outputs}
         for group in range(groups):
             self._positions(graph, group, at[group], outputs[f"present_positions.{group}"])
-        for node in [node for node in graph if node.op_type == "Attention"]:
+        for node in [node for node in graph if node.op_type == "Attention" and _cached(node) is not None]:
             self._attention(graph, node, at)
         return PassResult(model, True)
 
     def _positions(self, graph: ir.Graph, group: int, at: ir.Value, present: ir.Value) -> None:
         concat = present.producer()
-        past = concat.inputs[0] if concat is not None and concat.op_type == "Concat" else None
-        if concat is None or past is None:
-            raise PreconditionError(f"{present.name} is made by {concat and concat.op_type}, expected a Concat")
+        assert concat is not None
+        past = concat.inputs[0]
+        assert past is not None
         tape = ir.tape.Tape()
         made = tape.op("TensorScatter", [*concat.inputs, at], {"axis": 1})
         ir.convenience.replace_nodes_and_values(graph, concat, [concat], tape.nodes, [present], [made])
@@ -68,9 +86,8 @@ class StaticCache(InPlacePass):
 
     def _attention(self, graph: ir.Graph, node: ir.Node, at: Sequence[ir.Value]) -> None:
         query, key, value, mask, past_key, past_value = node.inputs[:6]
-        match = _PAST.fullmatch(str(past_key.name)) if past_key is not None else None
-        if past_key is None or past_value is None or match is None:
-            raise PreconditionError(f"{node.name} does not read its past keys and values from the graph's inputs")
+        match = _cached(node)
+        assert match is not None and past_key is not None and past_value is not None
         group = sum(int(match.group(1)) >= border for border in self.borders)
         tape, attributes = ir.tape.Tape(), dict(node.attributes)
         heads = [attributes.pop(name).as_int() for name in ("q_num_heads", "kv_num_heads") if name in attributes]
@@ -90,6 +107,12 @@ class StaticCache(InPlacePass):
         for past, present in zip((past_key, past_value), made, strict=True):
             if shape is not None:
                 past.shape = present.shape = ir.Shape([f"room_{group}" if i == 2 else d for i, d in enumerate(shape)])
+
+
+def _cached(node: ir.Node) -> re.Match[str] | None:
+    """Layer and part of the past keys that an Attention node reads, where they are the graph's inputs."""
+    past = node.inputs[4] if len(node.inputs) > 5 else None
+    return _PAST.fullmatch(str(past.name)) if past is not None else None
 
 
 def probe_model() -> bytes:

@@ -82,10 +82,21 @@ class Calibration:
 
 
 class Calibrator:
-    """One calibration run over a resident model."""
+    """One calibration run over a resident model.
 
-    def __init__(self, decoder: Decoder, items: Sequence[Item], recipe: Recipe, progress: Progress) -> None:
-        self.decoder, self.recipe, self.progress = decoder, recipe, progress
+    exact: the held-out items' outcome before the model's weights got formats, if they have some: what the contract
+    allows to be lost, formats and pruning may lose together.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        items: Sequence[Item],
+        recipe: Recipe,
+        progress: Progress,
+        exact: Outcome | None = None,
+    ) -> None:
+        self.decoder, self.recipe, self.progress, self.exact = decoder, recipe, progress, exact
         self.layers = len(decoder.layers)
         self.window = WINDOW if recipe.window is None else recipe.window
         if self.layers < 2:
@@ -105,8 +116,9 @@ class Calibrator:
         """The whole calibration."""
         seen = self._observe(self.training, "observe training items", self.candidates)
         observed = self._observe(self.held, "observe held-out items", self.candidates, published=True)
-        dense = Outcome(np.array([float(o.exact) for o in observed]), np.array([o.nll for o in observed]))
-        held = HeldOut(self.decoder, self.held, dense, self.recipe, self.window)
+        whole = Outcome(np.array([float(o.exact) for o in observed]), np.array([o.nll for o in observed]))
+        dense = self.exact or whole
+        held = HeldOut(self.decoder, self.held, dense, whole, self.recipe, self.window)
         lossless = bound(dense, dense, dense.metric, self.recipe.seed)
         if lossless > SLACK * self.recipe.max_quality_drop and self.recipe.keep is None:
             _log.warning(
@@ -253,7 +265,10 @@ class Calibrator:
         wanted, allowed, stages = self.recipe.wanted, self.recipe.max_quality_drop, held.stages(trial)
         if wanted is not None:
             ratios = keep_ratios(wanted, stages)
-            return ratios, ratios[-1] == 1 or within(*held.sure(held.measure(trial, wanted)), allowed)
+            if ratios[-1] == 1 and held.whole is held.dense:
+                return ratios, True
+            found = held.whole if ratios[-1] == 1 else held.measure(trial, wanted)
+            return ratios, within(*held.sure(found), allowed)
         drops = {}
         for number, keep in enumerate(KEEPS):
             drops[keep] = held.sure(held.measure(trial, keep))
@@ -266,7 +281,7 @@ class Calibrator:
     ) -> Calibration:
         dense, pruned = held.dense, keeps[-1] < 1
         metric = dense.metric
-        outcome = held.measure(trial, keeps) if pruned else dense
+        outcome = held.measure(trial, keeps) if pruned else held.whole
         curves = self._curves(trial, held)
         auto, adaptive = self._adaptive(trial, held)
         # Where the contract failed and the bundle is dense, the least loss that was measured tells by how much.
@@ -289,6 +304,7 @@ class Calibrator:
             "metric": metric,
             "prompt_tokens": {"median": lengths[len(lengths) // 2], "max": lengths[-1]},
             "dense": {"exact": float(dense.exact.mean()), "nll": float(dense.nll.mean())},
+            "formats": None if held.whole is dense else held.row(held.whole, 1.0),
             "max_quality_drop": self.recipe.max_quality_drop,
             "candidates": held.candidates(),
             "chosen": chosen | {"interval": [low, high], "bound": possible} if pruned else None,

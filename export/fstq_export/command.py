@@ -13,9 +13,9 @@ from rich.progress import Progress as Bars
 
 from fstq_export.pipeline import Done, Request
 from fstq_export.pipeline import export as run_export
-from fstq_export.precision import Precision
 from fstq_export.recipe import Recipe
 from fstq_export.report import precision_verdict, verdict
+from fstq_export.wanted import Precision
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -62,10 +62,13 @@ def export(
     precision: str | None,
     bits: float | None,
     bytes: int | None,
+    target_latency: str | None,
+    profile: Path | None,
+    tune_codes: int | None,
 ) -> None:
     """``fstq export``."""
     recipe = Recipe(prune_layer, keep, max_quality_drop, score, sink, window, seed)
-    formats = Precision.parse(precision, bits, bytes)
+    formats = Precision.parse(precision, bits, bytes, target_latency, profile, tune_codes)
     request = Request(model, out, recipe, calib, calib_items, max_prompt, dtype, force, revision, formats)
     with bars() as progress:
         done = run_export(request, progress)

@@ -72,11 +72,16 @@ class Trial:
 
 @dataclass(slots=True)
 class HeldOut:
-    """Held-out items and what was measured on them. seconds: that measuring took."""
+    """Held-out items and what was measured on them. seconds: that measuring took.
+
+    dense: of the model without formats, what everything is compared with; whole: of the one that is measured, no token
+    dropped.
+    """
 
     decoder: Decoder
     items: Sequence[Item]
     dense: Outcome
+    whole: Outcome
     recipe: Recipe
     window: int
     outcomes: dict[Key, Outcome] = field(default_factory=dict)
@@ -179,6 +184,12 @@ class HeldOut:
         """For the report."""
         lost = drop(self.dense, outcome, self.dense.metric)
         return {"keep": keep, "exact": float(outcome.exact.mean()), "nll": float(outcome.nll.mean()), "drop": lost}
+
+
+def whole_outcome(decoder: Decoder, items: Sequence[Item]) -> Outcome:
+    """What the model as it stands makes of items, no token dropped."""
+    found = pruned_outcome(decoder, items, (), lambda _stage, _row, tokens, _scores: tokens)
+    return Outcome(found.exact.astype(np.float64), found.nll)
 
 
 def training_cuts(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from fstq_export.sensitivity import Weight, batch_tokens, predictions, shortened, weights
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item, batches
-from fstq_infer.quant.codes import Quantized
+from fstq_infer.quant.codes import INPUT_LEVELS, TINY, Quantized
+from fstq_infer.quant.formats import Format
 
 TEXTS = 256  # held-out texts that are measured
 REFERENCE = 1 << 26  # log-probabilities of the model as it is that stay in memory, to measure divergence
@@ -63,15 +65,46 @@ class Meter:
 
 
 @contextmanager
-def replaced(decoder: Decoder, known: Mapping[str, Weight], codes: Mapping[str, Quantized]) -> Iterator[None]:
-    """The model with dequantized weights in place of its own."""
+def quantized(known: Mapping[str, Weight], codes: Mapping[str, Quantized]) -> Iterator[None]:
+    """The model as an engine for the CPU computes it: dequantized weights, and inputs of integer layers rounded."""
     before = {name: known[name].matrix.copy() for name in codes}
-    try:
-        _write(known, codes)
+    with rounding_inputs(known, codes):
+        try:
+            _write(known, codes)
+            yield
+        finally:
+            for name, original in before.items():
+                known[name].matrix[...] = original
+
+
+@contextmanager
+def rounding_inputs(known: Mapping[str, Weight], codes: Mapping[str, Quantized]) -> Iterator[None]:
+    """The model with inputs of integer layers rounded, its weights as they are."""
+    with ExitStack() as stack:
+        for name, found in codes.items():
+            for site in known[name].sites:
+                if not site.lookup and found.format.inputs is not None:
+                    stack.callback(site.module.register_forward_pre_hook(_rounding(found.format)).remove)
         yield
-    finally:
-        for name, original in before.items():
-            known[name].matrix[...] = original
+
+
+def _rounding(form: Format) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+    def hook(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return rounded(args[0], form), *args[1:]
+
+    return hook
+
+
+def rounded(inputs: torch.Tensor, form: Format) -> torch.Tensor:
+    """(..., columns) as :func:`fstq_infer.quant.codes.rounded_inputs` does it, with the gradient of the identity."""
+    columns = inputs.shape[-1]
+    block = min(form.inputs or columns, columns)
+    exact = inputs.detach()
+    padded = functional.pad(exact, (0, -columns % block))
+    blocks = padded.view(*padded.shape[:-1], -1, block)
+    steps = blocks.abs().amax(-1, keepdim=True).clamp(min=float(TINY)) / INPUT_LEVELS
+    whole: torch.Tensor = (blocks / steps).round_().mul_(steps).flatten(-2)[..., :columns]
+    return inputs + (whole - exact)
 
 
 def quantize_in_place(decoder: Decoder, codes: Mapping[str, Quantized]) -> None:

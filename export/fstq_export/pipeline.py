@@ -19,14 +19,18 @@ import torch
 from fstq_export import data, decoder, precision, report, source, timing, verify
 from fstq_export.calibrate import SHOWN, Calibration, Calibrator
 from fstq_export.continuation import with_continuations
-from fstq_export.meter import quantize_in_place
+from fstq_export.contract import split
+from fstq_export.heldout import whole_outcome
+from fstq_export.meter import quantize_in_place, rounding_inputs
 from fstq_export.passes.pruning import PruneStage
-from fstq_export.precision import Precision
 from fstq_export.recipe import Recipe
 from fstq_export.reference import parameter_count, reference
+from fstq_export.sensitivity import weights
 from fstq_export.source import Source
+from fstq_export.wanted import Precision
 from fstq_infer.bundle import BundleWriter, Contract, GenerationDefaults, Manifest, ModelInfo, Provenance, Pruning
 from fstq_infer.errors import ExportError, OptionError
+from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.probe import QUERIES, Probe
 from fstq_infer.machine import peak_rss
@@ -100,7 +104,6 @@ class Export:
         self.request, self.progress = request, progress
         self.steps: dict[str, float] = {}
         self.parameters = 0  # known once the model's configuration is read
-        self.training: list[Item] = []  # what calibration learnt from
         self.quantized: precision.Result | None = None
 
     @contextmanager
@@ -128,10 +131,12 @@ class Export:
             if examples:
                 with self._step("calibrate"):
                     calibration, held, left_out = self._calibrate(model, tokens, examples)
+            elif request.precision.wanted:
+                with self._step("give formats"), reference(model, stream=False) as frozen:
+                    self._quantize(frozen, [], [])
             stages = self._stages(model, calibration)
-            if request.precision.wanted:
-                with self._step("give formats"):
-                    self._quantize(model, held, writer.path)
+            if self.quantized:
+                (writer.path / plans.NAME).write_text(self.quantized.plan.to_toml(), encoding="utf-8")
             with self._step("build graph"):
                 codes = (self.quantized.weights, self.quantized.prints) if self.quantized else ()
                 graph = decoder.build_graph(model, request.dtype, stages, *codes)
@@ -185,17 +190,24 @@ class Export:
                 fitting = with_continuations(
                     frozen, fitting, CONTINUATION, limit, lambda n: self.progress("continue plain texts", n, total)
                 )
-            calibrator = Calibrator(frozen, fitting, request.recipe, self.progress)
-            self.training = calibrator.training
-            return calibrator.run(), calibrator.held, left_out
+            if not request.precision.wanted:
+                calibrator = Calibrator(frozen, fitting, request.recipe, self.progress)
+                return calibrator.run(), calibrator.held, left_out
+            # Probe and contract are of the model as it will be computed, beside the one that it was.
+            training, held = split(fitting, request.recipe.seed)
+            exact = whole_outcome(frozen, held)
+            found = self._quantize(frozen, training, held)
+            calibrator = Calibrator(frozen, fitting, request.recipe, self.progress, exact)
+            quantize_in_place(frozen, found.weights)
+            with rounding_inputs(weights(frozen), found.weights):
+                return calibrator.run(), calibrator.held, left_out
 
-    def _quantize(self, model: Source, held: Sequence[Item], folder: Path) -> None:
-        """Give every weight a format, and write the plan."""
+    def _quantize(self, frozen: Decoder, training: Sequence[Item], held: Sequence[Item]) -> precision.Result:
+        """Give every weight a format."""
         request = self.request
-        with reference(model, stream=False) as frozen:
-            planner = precision.Planner(frozen, request.precision, request.dtype, request.recipe.seed, self.progress)
-            self.quantized = planner.run(self.training, held)
-        (folder / plans.NAME).write_text(self.quantized.plan.to_toml(), encoding="utf-8")
+        planner = precision.Planner(frozen, request.precision, request.dtype, request.recipe.seed, self.progress)
+        self.quantized = planner.run(training, held)
+        return self.quantized
 
     def _stages(self, model: Source, calibration: Calibration | None) -> list[PruneStage]:
         """The stages to build: none (a dense bundle) where nothing met the contract and no layer or keep was named."""

@@ -5,6 +5,7 @@ Knows torch models and the order of these steps; formats, codes and the knapsack
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,69 +14,28 @@ from typing import Any
 
 import numpy as np
 
-from fstq_export.meter import Meter, replaced
+from fstq_export.meter import Meter, quantized
 from fstq_export.passes.quantize import Prints, fingerprints
 from fstq_export.sensitivity import Collector, Damage, joined, weights
+from fstq_export.tune import FEWEST_TEXTS, Tuned, default_steps, tune
+from fstq_export.wanted import AUTO, Precision
 from fstq_infer.errors import OptionError
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
 from fstq_infer.quant.allocate import Choice, allocate
 from fstq_infer.quant.codes import Quantized, quantize
-from fstq_infer.quant.formats import FORMATS, named
-from fstq_infer.quant.plan import Group, Plan
+from fstq_infer.quant.formats import FORMATS
+from fstq_infer.quant.latency import Profile, Roofline
+from fstq_infer.quant.plan import OPTIONAL, Group, Plan
 
 Progress = Callable[[str, int, int], None]
-AUTO, BITS = "auto", 5.0  # effective bits where nothing else is asked for
-SHORT = {"int4": "int4-32"}  # names that stand for one of several formats
+_log = logging.getLogger(__name__)
+BITS = 5.0  # effective bits where nothing else is asked for
 AUTOMATIC = ("int4-128", "int4-64", "int4-32", "int8", "fp16", "fp32")
 LOW, HIGH = "int4-32", "int8"  # what rules without sensitivities choose between
+ROUNDED = "plan, codes not trained"
+DYNAMIC = "int8-dynamic"  # tried too where latency is the budget
 KEPT = 50_000_000  # weights up to which codes of all formats stay in memory
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """What was asked for. format: 'auto', a format's name, or None for no plan; plan: one to follow, and its path.
-
-    bits: effective bits per weight, scales counted; bytes: of all weights. At most one of them, with 'auto' only.
-    """
-
-    format: str | None = None
-    bits: float | None = None
-    bytes: int | None = None
-    plan: Plan | None = None
-    place: str = ""
-
-    def __post_init__(self) -> None:
-        if self.bits is not None and self.bytes is not None:
-            raise OptionError("--bits and --bytes are two ways to set one budget; give one of them")
-        if self.bits is not None and not 1 <= self.bits <= 32:
-            raise OptionError(f"bits is {self.bits}; expected 1 to 32 bits per weight, such as 4.8")
-        if self.bytes is not None and self.bytes < 1:
-            raise OptionError(f"bytes is {self.bytes}; expected a number of bytes above 0")
-        if self.format is not None and self.format != AUTO:
-            named(self.format, "precision")
-        if (self.bits is not None or self.bytes is not None) and self.format != AUTO:
-            raise OptionError("--bits and --bytes set the budget of --precision auto; leave the other precision out")
-
-    @classmethod
-    def parse(cls, precision: str | None, bits: float | None, size: int | None) -> Precision:
-        """From the command line: a format, 'auto' or the path of a plan; a budget alone means 'auto'."""
-        if precision is None:
-            return cls(AUTO if bits is not None or size is not None else None, bits, size)
-        if not precision.lower().endswith(".toml"):
-            return cls(SHORT.get(precision, precision), bits, size)
-        if bits is not None or size is not None:
-            raise OptionError("--bits and --bytes have no meaning beside a plan, which names every format")
-        try:
-            data = Path(precision).read_bytes()
-        except OSError as error:
-            raise OptionError(f"the plan {precision} cannot be read: {error}; check the path") from error
-        return cls(None, None, None, Plan.from_toml(data, precision), precision)
-
-    @property
-    def wanted(self) -> bool:
-        """Whether weights get formats at all."""
-        return self.format is not None or self.plan is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +59,14 @@ class Planner:
         self.dtype = np.dtype(dtype)
         self.weights = weights(decoder)
         self.parameters = sum(weight.matrix.size for weight in self.weights.values())
-        self.formats = [name for name in AUTOMATIC if not (dtype == "float16" and name == "fp32")]
+        timed = (DYNAMIC,) if wanted.latency is not None else ()
+        self.formats = [name for name in (*timed, *AUTOMATIC) if not (dtype == "float16" and name == "fp32")]
         self.groups: dict[str, tuple[str, ...]] = {}
         self._damage: dict[tuple[str, str], float] = {}
         self._codes: dict[tuple[str, str], Quantized] = {}
         self._trace: dict[str, float] = {}
+        self._profile: Profile | None = None
+        self.rivals = True  # whether other rules are measured beside the plan
         self._fitted: Callable[[str], Damage | None] = lambda _name: None
 
     def run(self, fitting: Sequence[Item], held: Sequence[Item]) -> Result:
@@ -121,9 +84,11 @@ class Planner:
                 self._check_names(self.wanted.plan)
                 self.groups = dict(known)
             formats = self._formats()
-            codes = self._codes_of(formats)
-            plan = self._plan(formats)
-            report = self._report(plan, codes, held) if fitting else None
+            rounded = self._codes_of(formats)
+            trained = self._trained(rounded, fitting)
+            codes = trained.codes if trained else rounded
+            plan = self._plan(formats, trained)
+            report = self._report(plan, codes, rounded, held) if fitting else None
             self._fitted = lambda _name: None
         prints = {name: fingerprints(weight.matrix.astype(self.dtype)) for name, weight in self.weights.items()}
         return Result(plan, codes, prints, report or {"plan": _summary(plan), "measured": None})
@@ -180,24 +145,79 @@ class Planner:
         """Codes of all weights; formats: by group."""
         return {name: self._quantized(name, formats[group]) for group, names in self.groups.items() for name in names}
 
+    def _trained(self, codes: Mapping[str, Quantized], fitting: Sequence[Item]) -> Tuned | None:
+        """Codes trained on the calibration texts, where steps were asked for or the model is small."""
+        steps = default_steps(self.parameters) if self.wanted.tune is None else self.wanted.tune
+        if not fitting:
+            if self.wanted.tune:
+                raise OptionError("--tune-codes needs texts to train on: --calib")
+            return None
+        if not steps or (self.wanted.tune is None and len(fitting) < FEWEST_TEXTS):
+            return None
+
+        def trained(done: int) -> None:
+            self.progress("train codes", done, steps)
+
+        try:
+            return tune(self.decoder, self.weights, codes, fitting, steps, self.seed, trained)
+        except OptionError as error:
+            if self.wanted.tune is not None:
+                raise
+            _log.warning("codes are not trained: %s", error)
+            return None
+
     def _formats(self) -> dict[str, str]:
         """group -> format, as asked for."""
         if self.wanted.plan is not None:
             return {name: self.wanted.plan.groups[name].format for name in self.groups}
         if self.wanted.format != AUTO:
             return dict.fromkeys(self.groups, str(self.wanted.format))
-        return allocate(self._options(self.formats, lambda name, form: self._damage[name, form]), self._budget())
+        if (target := self.wanted.latency) is not None:
+            profile = self._device()
+
+            def seconds(names: Sequence[str], form: str) -> float:
+                return sum(self._seconds(profile, name, form, target.tokens) for name in names)
+
+            return allocate(self._options(self.formats, self._damaged, seconds), target.seconds, "seconds")
+        return allocate(self._options(self.formats, self._damaged), self._budget())
+
+    def _damaged(self, name: str, form: str) -> float:
+        return self._damage[name, form]
+
+    def _device(self) -> Profile:
+        """The device's profile, or a roofline of this machine."""
+        if self._profile is None:
+            self._profile = self.wanted.profile or Profile("roofline of the exporting machine", Roofline.measured())
+        return self._profile
+
+    def _seconds(self, profile: Profile, name: str, form: str, tokens: int) -> float:
+        """What a weight takes in a call; the head sees the last token only, and rows are looked up in no time."""
+        model: Any = self.decoder.model
+        head = model.get_output_embeddings()
+        total = 0.0
+        outputs, inputs = self.weights[name].matrix.shape
+        for site in self.weights[name].sites:
+            if not site.lookup:
+                count = 1 if site.module is head else tokens
+                total += profile.seconds(outputs, inputs, form, count)
+        return total
 
     def _budget(self) -> float:
         if self.wanted.bytes is not None:
             return float(self.wanted.bytes)
         return (self.wanted.bits or BITS) * self.parameters / 8
 
-    def _options(self, formats: Sequence[str], damage: Callable[[str, str], float]) -> dict[str, list[Choice]]:
+    def _options(
+        self,
+        formats: Sequence[str],
+        damage: Callable[[str, str], float],
+        cost: Callable[[Sequence[str], str], float] | None = None,
+    ) -> dict[str, list[Choice]]:
+        """cost: of weights in a format; default: their bytes."""
+        cost = cost or self._bytes
         return {
             group: [
-                Choice(form, sum(damage(name, form) for name in names), float(self._bytes(names, form)))
-                for form in formats
+                Choice(form, sum(damage(name, form) for name in names), float(cost(names, form))) for form in formats
             ]
             for group, names in self.groups.items()
         }
@@ -205,19 +225,35 @@ class Planner:
     def _bytes(self, names: Sequence[str], form: str) -> int:
         return sum(FORMATS[form].bytes(*self.weights[name].matrix.shape) for name in names)
 
-    def _plan(self, formats: Mapping[str, str]) -> Plan:
+    def _plan(self, formats: Mapping[str, str], trained: Tuned | None) -> Plan:
         budget = self.wanted.format or f"as in {Path(self.wanted.place).name}"
         if self.wanted.format == AUTO:
             budget = (
                 f"{self.wanted.bytes} bytes" if self.wanted.bytes else f"{self.wanted.bits or BITS:g} bits per weight"
             )
+            budget = str(self.wanted.latency or budget)
         groups = {}
         for group, names in self.groups.items():
             form = formats[group]
             damage = sum(self._damage.get((name, form), 0.0) for name in names)
             size = sum(self.weights[name].matrix.size for name in names)
             groups[group] = Group(names, form, damage, self._bytes(names, form), size)
-        return Plan(groups, budget)
+        steps, after = (trained.steps, trained.after) if trained else (None, None)
+        latency, of = self._latency(formats)
+        return Plan(groups, budget, steps, after, latency, of)
+
+    def _latency(self, formats: Mapping[str, str]) -> tuple[float | None, str | None]:
+        """(predicted seconds, of what and where); nothing where no time was asked for and no device is known."""
+        if self.wanted.latency is None and self.wanted.profile is None:
+            return None, None
+        profile, tokens = self._device(), self.wanted.latency.tokens if self.wanted.latency else 1
+        found = sum(
+            self._seconds(profile, name, formats[group], tokens)
+            for group, names in self.groups.items()
+            for name in names
+        )
+        what = "a decoded token" if tokens == 1 else f"{tokens} prompt tokens"
+        return found, f"{what}; {profile.device}"
 
     def _rules(self, size: int) -> dict[str, dict[str, str]]:
         """What other rules choose within ``size`` bytes: group -> format."""
@@ -242,15 +278,21 @@ class Planner:
         ends = [g for g in self.groups if not any(part.isdigit() for part in g.split("."))]
         return [*reversed(ends), *(g for g in reversed(self.groups) if g not in ends)]
 
-    def _report(self, plan: Plan, codes: Mapping[str, Quantized], held: Sequence[Item]) -> dict[str, Any]:
-        rules = self._rules(plan.bytes)
+    def _report(
+        self, plan: Plan, codes: Mapping[str, Quantized], rounded: Mapping[str, Quantized], held: Sequence[Item]
+    ) -> dict[str, Any]:
+        rules = ({ROUNDED: plan.formats} if codes is not rounded else {}) | (
+            self._rules(plan.bytes) if self.rivals else {}
+        )
         meter = Meter(self.decoder, held)
         rows = [{"name": "unquantized", "bits": 32.0, "bytes": self.parameters * 4, "damage": 0.0, **meter.measure()}]
         for number, (name, formats) in enumerate({"plan": plan.formats, **rules}.items()):
-            chosen = codes if name == "plan" else self._codes_of(formats)
+            chosen = codes if name == "plan" else rounded if name == ROUNDED else self._codes_of(formats)
             size = sum(self._bytes(names, formats[group]) for group, names in self.groups.items())
             predicted = sum(self._damage[w, formats[g]] for g, names in self.groups.items() for w in names)
-            with replaced(self.decoder, self.weights, chosen):
+            if name == "plan" and plan.divergence is not None:
+                predicted = plan.divergence
+            with quantized(self.weights, chosen):
                 measured = meter.measure()
             bits = 8 * size / self.parameters
             rows.append({"name": name, "bits": bits, "bytes": size, "damage": predicted, **measured})
@@ -267,4 +309,6 @@ def _summary(plan: Plan) -> dict[str, Any]:
         {"name": name, "format": g.format, "bits": 8 * g.bytes / g.parameters, "bytes": g.bytes, "damage": g.damage}
         for name, g in plan.groups.items()
     ]
-    return {"budget": plan.budget, "bits": plan.bits, "bytes": plan.bytes, "damage": plan.damage, "groups": groups}
+    totals = {"budget": plan.budget, "bits": plan.bits, "bytes": plan.bytes, "damage": plan.damage}
+    extra = {key: value for key in OPTIONAL if (value := getattr(plan, key)) is not None}
+    return totals | extra | {"groups": groups}

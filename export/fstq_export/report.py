@@ -88,18 +88,33 @@ def render(report: dict[str, Any]) -> str:
 
 
 def verdict(report: dict[str, Any]) -> str:
-    """What the export is worth, in one sentence of plain text."""
+    """What the export is worth, in one or two sentences of plain text."""
+    calibration = report["calibration"]
+    formats = calibration and calibration.get("formats")
+    if not formats:
+        return _verdict(report)
+    alone = _cost(calibration["metric"], formats["drop"])
+    return (
+        f"{_verdict(report)} The weights' formats alone, every token kept: {alone}; all is beside unquantized weights."
+    )
+
+
+def _cost(metric: str, drop: float) -> str:
+    key, name = METRICS[metric]
+    if key == "nll":
+        return f"raises the {name} by {percent(drop)}" if drop > 0 else f"does not raise the {name}"
+    return f"costs {percent(drop)} of {name}" if drop > 0 else f"costs no {name}"
+
+
+def _verdict(report: dict[str, Any]) -> str:
     calibration, stages = report["calibration"], report["graph"]["stages"]
     if calibration is None:
         end = "what dropping tokens costs was not measured." if stages else "this bundle is dense."
         return f"Exported without calibration data: nothing is known about quality; {end}"
-    key, name = METRICS[calibration["metric"]]
     allowed, chosen = percent(calibration["max_quality_drop"]), calibration["chosen"]
 
     def cost(drop: float) -> str:
-        if key == "nll":
-            return f"raises the {name} by {percent(drop)}" if drop > 0 else f"does not raise the {name}"
-        return f"costs {percent(drop)} of {name}" if drop > 0 else f"costs no {name}"
+        return _cost(calibration["metric"], drop)
 
     def setting(one: dict[str, Any]) -> str:
         first, *later = zip(one["layers"], map(percent, one["keeps"]), strict=True)
@@ -140,6 +155,8 @@ def precision_verdict(precision: dict[str, Any]) -> str:
     """What the formats of the weights cost, in one sentence of plain text."""
     plan = precision["plan"]
     stored = f"Weights take {plan['bits']:.2f} bits each, scales counted ({size(plan['bytes'])})"
+    if "latency" in plan:
+        stored += f" and {seconds(plan['latency'])} in all matrices for {plan['latency_of']}"
     if precision["measured"] is None:
         return f"{stored}; without calibration data nothing is known of what that costs."
     rows = {row["name"]: row for row in precision["measured"]["rows"]}

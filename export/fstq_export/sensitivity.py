@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from fstq_infer.errors import UnsupportedModelError
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Batch, Item, batches
-from fstq_infer.quant.codes import Matrix, Quantized, quantize
+from fstq_infer.quant.codes import Matrix, Quantized, quantize, rounded_inputs
 from fstq_infer.quant.formats import Format
 
 WINDOW = 512  # last tokens of a text that are read
@@ -34,7 +34,6 @@ FEWEST, MOST = 256, 32768  # sampled tokens
 LARGEST = 1 << 26  # numbers kept of one matrix
 CHUNK = 1 << 24  # output errors in memory at once
 HELD = 4  # every so many-th sample measures damage, the others fit scales and codes
-COUNTS = 255  # steps of a dynamic int8 input
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +146,9 @@ class Collector:
                 # Slightly too likely, and cut when the file is full: every text has its share.
                 picked = draw < 1.05 * len(self._files[site.name][1]) / tokens
                 stack.callback(site.module.register_forward_hook(self._hook(site, picked)).remove)
-            logits, _, follows = predictions(self.decoder, batch)
+            logits, _, wanted = predictions(self.decoder, batch)
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=self.draws)[:, 0]
-            (functional.cross_entropy(logits, drawn, reduction="none") * follows).sum().backward()  # type: ignore[no-untyped-call]
+            (functional.cross_entropy(logits, drawn, reduction="none") * wanted).sum().backward()  # type: ignore[no-untyped-call]
 
     def _hook(self, site: Site, picked: torch.Tensor) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -211,8 +210,12 @@ def predictions(decoder: Decoder, batch: Batch) -> tuple[torch.Tensor, torch.Ten
     output: Any = decoder.model(
         input_ids=batch.ids, attention_mask=batch.valid.long(), position_ids=batch.positions, use_cache=False
     )
-    follows = batch.valid[:, :-1] & batch.valid[:, 1:]
-    return output.logits[:, :-1].flatten(0, 1).float(), batch.ids[:, 1:].flatten(), follows.flatten()
+    return output.logits[:, :-1].flatten(0, 1).float(), batch.ids[:, 1:].flatten(), follows(batch).flatten()
+
+
+def follows(batch: Batch) -> torch.Tensor:
+    """(B, S - 1) bool: where a token and the next are text."""
+    return batch.valid[:, :-1] & batch.valid[:, 1:]
 
 
 class Damage:
@@ -275,14 +278,14 @@ class Damage:
     def _at(self, site: Site, samples: Samples, found: Quantized, error: Matrix) -> float:
         held = slice(0, None, HELD) if len(samples.gradients) > HELD else slice(None)
         inputs, gradients = samples.inputs[held], samples.gradients[held]
-        total = 0.0
+        total, numbers = 0.0, found.dequantize()
         for part in _parts(len(gradients), error.shape[-1] if site.lookup else len(error)):
             if site.lookup:
                 off = error[inputs[part]] * np.float32(site.scale)
             else:
                 off = inputs[part] @ error.T
-                if found.format.activations:
-                    off += (_stepped(inputs[part]) - inputs[part]) @ found.dequantize().T
+                if found.format.inputs is not None:
+                    off += (rounded_inputs(inputs[part], found.format) - inputs[part]) @ numbers.T
             total += float(((gradients[part] * off) ** 2).sum(dtype=np.float64))
         return total / 2 / max(1, len(gradients))
 
@@ -290,10 +293,3 @@ class Damage:
 def _parts(count: int, width: int) -> Iterator[slice]:
     step = max(1, CHUNK // max(1, width))
     return (slice(start, start + step) for start in range(0, count, step))
-
-
-def _stepped(inputs: Matrix) -> Matrix:
-    """Inputs as a dynamically quantised layer sees them: one scale and zero point for all tokens of a call."""
-    low, high = min(0.0, float(inputs.min())), max(0.0, float(inputs.max()))
-    step = np.float32(max(high - low, 1e-12) / COUNTS)
-    return np.asarray(np.rint(inputs / step) * step, np.float32)

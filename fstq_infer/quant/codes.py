@@ -21,6 +21,7 @@ ROWS_AT_ONCE = 1 << 22  # weights whose scales are searched at a time
 LAZY = 64  # columns between two updates of all later ones
 DAMPING = 0.01  # of the mean second moment, added to each
 SMALLEST = np.float16(2.0**-24)
+INPUT_LEVELS, TINY = 127, np.float32(1e-30)  # of an input that is rounded to int8; a largest input that stays above 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,17 @@ def round_to(weight: Matrix, scales: NDArray[np.float16], form: Format) -> Codes
     low, high = form.levels
     codes: Codes = np.clip(np.rint(weight / _spread(scales, form, weight.shape[1])), low, high).astype(np.int8)
     return codes
+
+
+def rounded_inputs(inputs: Matrix, form: Format) -> Matrix:
+    """(tokens, columns) as an engine's kernels see them: int8 codes, the largest input of a block sets their scale."""
+    if form.inputs is None:
+        return inputs
+    columns = inputs.shape[1]
+    block = min(form.inputs or columns, columns)
+    blocks = np.pad(inputs, ((0, 0), (0, -columns % block))).reshape(len(inputs), -1, block)
+    steps = np.maximum(np.abs(blocks).max(-1, keepdims=True), TINY) / np.float32(INPUT_LEVELS)
+    return np.asarray((np.rint(blocks / steps) * steps).reshape(len(inputs), -1)[:, :columns], np.float32)
 
 
 def compensated(weight: Matrix, scales: NDArray[np.float16], form: Format, moments: NDArray[np.float64]) -> Codes:

@@ -17,13 +17,14 @@ SCALE_BITS = 16
 class Format:
     """bits: of one code. block: columns that share a scale, 0 for a whole row; None for numbers that need none.
 
-    activations: inputs are rounded to int8 as well, when the layer runs.
+    inputs: neighbours among a token's inputs that share a scale where an engine for the CPU rounds them to int8, 0 for
+    all of them; None where they stay as they are.
     """
 
     name: str
     bits: int
     block: int | None = None
-    activations: bool = False
+    inputs: int | None = None
 
     @property
     def is_integer(self) -> bool:
@@ -50,11 +51,11 @@ _ALL = (
     Format("fp32", 32),
     Format("fp16", 16),
     Format("bf16", 16),
-    Format("int8", 8, 0),
-    Format("int8-dynamic", 8, 0, activations=True),
-    Format("int4-32", 4, 32),
-    Format("int4-64", 4, 64),
-    Format("int4-128", 4, 128),
+    Format("int8", 8, 0, inputs=128),
+    Format("int8-dynamic", 8, 0, inputs=0),
+    Format("int4-32", 4, 32, inputs=32),
+    Format("int4-64", 4, 64, inputs=64),
+    Format("int4-128", 4, 128, inputs=128),
 )
 FORMATS: Mapping[str, Format] = {one.name: one for one in _ALL}
 

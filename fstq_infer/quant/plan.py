@@ -6,24 +6,17 @@ Knows the file, not the model: :meth:`Plan.check` compares it with the groups th
 from __future__ import annotations
 
 import builtins
-import json
-import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fstq_infer.errors import OptionError, suggestion
 from fstq_infer.quant.formats import FORMATS, named
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fstq_infer.quant.toml import Table, load, number, text
 
 FORMAT, VERSION = "fstq-plan", 1
 LARGEST = 4 << 20  # bytes of a plan's text
 NAME = "plan.toml"
+OPTIONAL = ("trained", "divergence", "latency", "latency_of")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +35,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """budget: what was asked for, in words."""
+    """budget: what was asked for, in words. trained: steps that its codes were trained for, and what divergence was
+    left on other texts, nats per token. latency: predicted seconds in all matrices, and what they are of.
+    """
 
     groups: Mapping[str, Group]
     budget: str
+    trained: int | None = None
+    divergence: float | None = None
+    latency: float | None = None
+    latency_of: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -73,51 +72,61 @@ class Plan:
             "# Precision plan: the format of each group of weights. Edit formats, then export with --precision FILE.",
             f"# Formats: {', '.join(FORMATS)}.",
             "# damage: predicted rise of the loss, nats per token. bytes: codes and scales.",
-            f"format = {_text(FORMAT)}",
+            f"format = {text(FORMAT)}",
             f"version = {VERSION}",
-            f"budget = {_text(self.budget)}",
+            f"budget = {text(self.budget)}",
             f"bits = {self.bits:.4f}",
             f"bytes = {self.bytes}",
-            f"damage = {_number(self.damage)}",
+            f"damage = {number(self.damage)}",
         ]
+        if self.trained is not None and self.divergence is not None:
+            lines += [
+                "# Codes were trained for so many steps; divergence from the unquantized model then, nats per token.",
+                f"trained = {self.trained}",
+                f"divergence = {number(self.divergence)}",
+            ]
+        if self.latency is not None and self.latency_of is not None:
+            lines += [
+                "# Predicted seconds in all matrices, attention and the rest not counted.",
+                f"latency = {number(self.latency)}",
+                f"latency_of = {text(self.latency_of)}",
+            ]
         for name, group in self.groups.items():
             lines += [
                 "",
-                f"[groups.{_text(name)}]",
-                f"format = {_text(group.format)}",
-                f"damage = {_number(group.damage)}",
+                f"[groups.{text(name)}]",
+                f"format = {text(group.format)}",
+                f"damage = {number(group.damage)}",
                 f"bytes = {group.bytes}",
                 f"parameters = {group.parameters}",
-                f"weights = [{', '.join(_text(weight) for weight in group.weights)}]",
+                f"weights = [{', '.join(text(weight) for weight in group.weights)}]",
             ]
         return "\n".join(lines) + "\n"
 
     @classmethod
     def from_toml(cls, data: builtins.bytes, place: str = NAME) -> Plan:
         """Raises OptionError naming ``place`` and what is wrong, whatever the input."""
-        top = _Table(_load(data, place), place)
-        if (found := (top.value("format", str), top.value("version", int))) != (FORMAT, VERSION):
-            raise OptionError(f"{place} has format and version {found!a}, expected {(FORMAT, VERSION)!a}")
-        top.only("format", "version", "budget", "bits", "bytes", "damage", "groups")
+        top = Table(load(data, place, LARGEST, "a plan as 'fstq export' writes it"), place)
+        top.format(FORMAT, VERSION)
+        top.only("format", "version", "budget", "bits", "bytes", "damage", "groups", *OPTIONAL)
         groups: dict[str, Group] = {}
         for name, content in top.value("groups", dict).items():
-            table = _Table(content, f"{place}, group {name!a:.80}")
+            table = Table(content, f"{place}, group {name!a:.80}")
             table.only("format", "damage", "bytes", "parameters", "weights")
             weights = table.value("weights", list)
             if not weights or not all(isinstance(weight, str) for weight in weights):
                 raise OptionError(f"{table.place}: 'weights' must be a list of names that is not empty")
-            try:
-                form = named(table.value("format", str))
-            except OptionError as error:
-                raise OptionError(f"{table.place}: {error}") from error
+            form = table.checked(lambda given: named(given).name, table.value("format", str))
             groups[name] = Group(
                 tuple(weights),
-                form.name,
+                form,
                 table.number("damage"),
                 table.count("bytes"),
                 table.count("parameters"),
             )
-        return cls(groups, top.value("budget", str))
+        steps = top.count("trained") if "trained" in top.data else None
+        divergence, latency = (top.number(key) if key in top.data else None for key in ("divergence", "latency"))
+        return cls(groups, top.value("budget", str), steps, divergence, latency, top.text_or_none("latency_of"))
 
     def check(self, known: Mapping[str, Sequence[str]], place: str = NAME) -> None:
         """Raises OptionError, with a suggestion, unless the groups and their weights are those of ``known``."""
@@ -133,60 +142,3 @@ class Plan:
             raise OptionError(
                 f"{place}: no format is given for {len(missing)} groups, such as {missing[0]!a}; name every group"
             )
-
-
-class _Table:
-    """A TOML table whose values are checked as they are taken."""
-
-    def __init__(self, data: object, place: str) -> None:
-        if not isinstance(data, dict):
-            raise OptionError(f"{place}: expected a table")
-        self.data, self.place = data, place
-
-    def only(self, *known: str) -> None:
-        """Raises OptionError for another key."""
-        for key in self.data:
-            if key not in known:
-                meant = suggestion(key, known)
-                raise OptionError(f"{self.place}: there is no key {key!a:.80}; {meant}")
-
-    def value(self, key: str, kind: type) -> Any:
-        """The value of that key and type."""
-        found = self.data.get(key)
-        if not isinstance(found, kind) or isinstance(found, bool):
-            raise OptionError(f"{self.place}: {key!a} must be of type {kind.__name__}, found {found!a:.80}")
-        return found
-
-    def number(self, key: str) -> float:
-        """A finite number of at least 0."""
-        found = self.data.get(key)
-        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < math.inf:
-            raise OptionError(f"{self.place}: {key!a} must be a number of at least 0, found {found!a:.80}")
-        return float(found)
-
-    def count(self, key: str) -> int:
-        """A whole number of at least 0."""
-        found: int = self.value(key, int)
-        if found < 0:
-            raise OptionError(f"{self.place}: {key!a} must be at least 0, found {found}")
-        return found
-
-
-def _load(data: bytes, place: str) -> dict[str, Any]:
-    if len(data) > LARGEST:
-        raise OptionError(f"{place} has {len(data)} bytes; at most {LARGEST} are read")
-    try:
-        return tomllib.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise OptionError(f"{place} is no TOML: {error}; expected a plan as 'fstq export' writes it") from error
-
-
-def _text(text: str) -> str:
-    """A TOML basic string."""
-    return json.dumps(text, ensure_ascii=False) if text.isprintable() else json.dumps(ascii(text)[1:-1])
-
-
-def _number(value: float) -> str:
-    """A TOML float."""
-    text = f"{value:.6g}"
-    return text if any(c in text for c in ".e") else f"{text}.0"

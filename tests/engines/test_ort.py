@@ -23,7 +23,7 @@ pytest.importorskip("onnxruntime", reason="the ONNX Runtime backend needs the 'o
 from fstq_engines import cache, external, ort, parity
 from fstq_engines.cache import SIDECAR, Cpu, Sidecar
 
-from fstq_infer import errors
+from fstq_infer import errors, machine
 from fstq_infer.bundle import Bundle
 from fstq_infer.runtime.ort import OrtEngine
 from tests.conftest import write_bundle
@@ -66,7 +66,7 @@ def test_the_engine_lies_in_the_cache_with_its_sidecar(tiny_bundle: Bundle, engi
     engine = ort.build(tiny_bundle, progress=steps.append)
     assert engine.parent == engine_cache and listing(engine_cache) == {engine.name}
     assert listing(engine) == {"model.onnx", "model.onnx.data", SIDECAR}
-    assert len(steps) == 5 and str(engine) in steps[-1]
+    assert len(steps) == 6 and str(engine) in steps[-1]
     data = json.loads((engine / SIDECAR).read_text())
     assert (data["format"], data["backend"], data["version"]) == ("fstq-engine", "onnxruntime", onnxruntime.__version__)
     assert data["key"] == engine.name and data["bundle_sha256"] == tiny_bundle.manifest_sha256
@@ -372,7 +372,7 @@ def test_parity_runs_little_on_a_large_model(tiny_bundle: Bundle) -> None:
 def test_too_little_memory(
     tiny_bundle: Bundle, engine_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable: 204800 kB\n")
     with pytest.raises(errors.EngineError, match=r"needs about 25\d MiB of memory, but 200 MiB are available"):
         ort.build(tiny_bundle)

@@ -20,6 +20,7 @@ from fstq_infer.bundle import Bundle  # noqa: E402
 from fstq_infer.errors import EngineError, MissingExtraError  # noqa: E402
 from fstq_infer.runtime.ort import MODEL, OrtEngine  # noqa: E402
 from fstq_infer.runtime.ort_caches import LENGTHS, ReturnedCache, SharedCache  # noqa: E402
+from tests.conftest import write_bundle  # noqa: E402
 
 
 @pytest.fixture
@@ -56,20 +57,36 @@ def test_a_graph_with_fewer_groups_than_stages_is_refused(model: Any) -> None:
         StaticCache([1, 2, 3])(model)
 
 
-def test_a_graph_whose_cache_is_made_otherwise_is_an_engine_error(
-    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("change", ["an Identity before Attention", "a Shape beside it", "positions made otherwise"])
+def test_a_graph_whose_cache_is_made_otherwise_copies_it(
+    tiny_graph: Path, tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    load = ir.load
-
-    def odd(path: Any) -> Any:
-        model = load(path)
-        next(node for node in model.graph if node.op_type == "Attention").replace_input_with(4, None)
-        return model
-
-    monkeypatch.setattr(ir, "load", odd)
-    with pytest.raises(EngineError, match=r"not built as expected.*past keys"):
-        ort.build(tiny_bundle, directory=tmp_path / "engine")
-    assert not (tmp_path / "engine").exists()
+    model = ir.load(tiny_graph / MODEL)
+    graph = model.graph
+    attention = next(node for node in graph if node.op_type == "Attention")
+    positions = next(value for value in graph.outputs if value.name == "present_positions.0")
+    if change.startswith("an Identity"):
+        between = ir.node("Identity", [attention.inputs[4]])
+        graph.insert_before(attention, between)
+        attention.replace_input_with(4, between.outputs[0])
+        between.outputs[0].type, between.outputs[0].shape = attention.inputs[4].type, attention.inputs[4].shape
+    elif change.startswith("a Shape"):
+        beside = ir.node("Shape", [attention.inputs[4]])
+        graph.insert_before(attention, beside)
+    else:
+        after = ir.node("Identity", [positions])
+        made = after.outputs[0]
+        made.type, made.shape = positions.type, positions.shape
+        graph.append(after)
+        graph.outputs[graph.outputs.index(positions)] = made
+        positions.name, made.name = "own_positions", "present_positions.0"
+    (tmp_path / "graph").mkdir()
+    ir.save(model, tmp_path / "graph" / MODEL, external_data="model.onnx.data")
+    bundle = write_bundle(tmp_path / "b", tmp_path / "graph")
+    with caplog.at_level(logging.WARNING):
+        engine = OrtEngine(ort.build(bundle, directory=tmp_path / "engine"), bundle)
+    assert "will copy its cache at each call" in caplog.text
+    assert isinstance(engine.empty_cache(1), ReturnedCache)
 
 
 def test_an_older_onnxruntime_gets_the_graph_as_it_is(
@@ -113,8 +130,10 @@ def test_building_without_onnx_ir_names_the_extra(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnx_ir", None)
+    steps: list[str] = []
     with pytest.raises(MissingExtraError, match=r"fstq-infer\[ort\]"):
-        ort.build(tiny_bundle, directory=tmp_path / "engine")
+        ort.build(tiny_bundle, directory=tmp_path / "engine", progress=steps.append)
+    assert len(steps) == 1  # before anything was run
 
 
 def test_the_probe_model_is_a_model() -> None:

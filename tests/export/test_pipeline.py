@@ -26,8 +26,8 @@ from fstq_export.contract import (
     split,
 )
 from fstq_export.pipeline import Request, export
-from fstq_export.precision import Precision
 from fstq_export.recipe import Recipe
+from fstq_export.wanted import Precision
 
 from fstq_infer import Generator
 from fstq_infer.bundle import Bundle
@@ -142,7 +142,7 @@ def test_mixed_precision_from_plan_to_text(llama: Path, calib: Path, tmp_path: P
     from fstq_infer.runtime.generate import Generator
 
     recipe = Recipe(prune_layer=1, keep=0.5)
-    wanted = Precision.parse("auto", 6.0, None)
+    wanted = Precision.parse("auto", 6.0, None, tune=8)
     done = export(Request(str(llama), tmp_path / "b", recipe, calib, precision=wanted))
     bundle = Bundle.open(tmp_path / "b")
     plan = Plan.from_toml(bundle.file("plan.toml").read_bytes())
@@ -150,6 +150,8 @@ def test_mixed_precision_from_plan_to_text(llama: Path, calib: Path, tmp_path: P
     assert done.report["verification"]["dense"]["logits"] < 1e-3
     assert done.report["verification"]["pruned"]["kept_equal"]
     assert done.report["precision"]["plan"]["bytes"] == plan.bytes
+    formats = done.report["calibration"]["formats"]  # what they lose without pruning, beside the unquantized model
+    assert formats["nll"] != done.report["calibration"]["dense"]["nll"] and formats["keep"] == 1.0
     probe = 4 * 60_000  # bytes, which stays as it is
     assert plan.bytes < bundle.manifest.files["model.onnx.data"].bytes < plan.bytes + probe
     assert "Bits per weight" in (tmp_path / "b" / "report.html").read_text()

@@ -24,7 +24,7 @@ from fstq_export.plots import (
     quality_plot,
     sensitivity_plot,
 )
-from fstq_export.report import heat_map, render, time_bars, verdict, write_report
+from fstq_export.report import heat_map, precision_verdict, render, time_bars, verdict, write_report
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -193,6 +193,18 @@ def few_bits() -> Report:
         },
     }
     return report
+
+
+def test_what_formats_cost_alone_and_how_long_they_take_is_said() -> None:
+    report = few_bits()
+    assert "formats alone" not in verdict(report)
+    report["calibration"]["formats"] = {"keep": 1.0, "exact": 0.9, "nll": 0.09, "drop": 0.02}
+    assert verdict(report).endswith(
+        "The weights' formats alone, every token kept: costs 2 % of exact match; all is beside unquantized weights."
+    )
+    report["precision"]["plan"] |= {"latency": 0.25, "latency_of": "1024 prompt tokens; a board"}
+    assert "in all matrices for 1024 prompt tokens; a board" in precision_verdict(report["precision"])
+    assert "every token kept" in render(report)
 
 
 def plain_bits() -> Report:

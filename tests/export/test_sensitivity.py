@@ -11,16 +11,18 @@ import pytest
 pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
 
 import torch
-from fstq_export import precision, reference, sensitivity, source
-from fstq_export.precision import Planner, Precision
+from fstq_export import meter, precision, reference, sensitivity, source
+from fstq_export.precision import Planner
 from fstq_export.sensitivity import Collector, Damage, Samples, Site, Weight
+from fstq_export.wanted import Precision
 from torch import nn
 
 from fstq_infer.errors import OptionError
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
-from fstq_infer.quant.codes import Quantized
+from fstq_infer.quant.codes import Quantized, rounded_inputs
 from fstq_infer.quant.formats import FORMATS
+from fstq_infer.quant.latency import Profile, Roofline, Target
 
 from . import families
 
@@ -79,11 +81,62 @@ def test_damage_of_a_lookup_and_a_head_that_share_a_table() -> None:
     assert found == pytest.approx(0.5 * (looked_up + read), rel=1e-4)
 
 
-def test_activations_of_dynamic_int8_cost_more(frozen: Decoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["int8", "int8-dynamic", "int4-32"])
+def test_rounding_of_inputs_counts_as_an_engine_rounds(frozen: Decoder, tmp_path: Path, form: str) -> None:
+    """By hand, on the samples that nothing was fitted to; the wider the blocks of inputs, the more."""
     collector = Collector(frozen, tmp_path, 0)
     samples = collector.run(items(8), lambda _: None)
-    damage = Damage(collector.weights["model.layers.0.mlp.down_proj"], samples)
-    assert damage.quantized(FORMATS["int8-dynamic"])[1] > damage.quantized(FORMATS["int8"])[1]
+    name = "model.layers.0.mlp.down_proj"
+    damage = Damage(collector.weights[name], samples)
+    codes, found = damage.quantized(FORMATS[form])
+    x, g = samples[name].inputs[:: sensitivity.HELD], samples[name].gradients[:: sensitivity.HELD]
+    off = rounded_inputs(x, FORMATS[form]) @ codes.dequantize().T - x @ collector.weights[name].matrix.T
+    assert found == pytest.approx(float(((g * off) ** 2).sum()) / 2 / len(g), rel=1e-3)
+    alone = Quantized(FORMATS["fp32"], codes.dequantize())
+    assert found > damage.of(alone)
+
+
+@pytest.mark.parametrize("form", ["int8", "int8-dynamic", "int4-32", "int4-128"])
+def test_torch_and_numpy_round_inputs_alike(form: str) -> None:
+    x = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32) * np.float32([[0.1], [1], [10], [0], [3]])
+    given = torch.from_numpy(x).requires_grad_()
+    found = meter.rounded(given.view(1, 5, 40), FORMATS[form])
+    np.testing.assert_allclose(found[0].detach().numpy(), rounded_inputs(x, FORMATS[form]), atol=1e-6)
+    found.sum().backward()
+    assert given.grad is not None and bool((given.grad == 1).all())
+
+
+def test_the_fastest_plan_within_a_latency(frozen: Decoder) -> None:
+    """A device on which int8-dynamic is fast and int4 slow; times are additive, the head sees one token."""
+    shapes = {one.matrix.shape for one in sensitivity.weights(frozen).values()}
+    rates = {"int8-dynamic": 1e-6, "int8": 3e-6, "int4-32": 2e-6, "int4-64": 2e-6, "int4-128": 2e-6}
+    kernels = {
+        (*shape, form, tokens): rates.get(form, 4e-6) * tokens
+        for shape in shapes for form in FORMATS for tokens in (1, 16)
+    }  # fmt: skip
+    device = Profile("a board", Roofline(1e9, 1e9), kernels)
+
+    def planned(budget: str) -> Any:
+        wanted = Precision("auto", latency=Target.parse(budget), profile=device, tune=0)
+        return Planner(frozen, wanted, "float32", 0, lambda *_: None).run(items(24), items(8, 900)).plan
+
+    linear = 7 * families.LAYERS
+    fast = planned(f"{(linear * 16 + 1) * 1e-6 * 1.001}@16")  # too little for anything slower
+    assert set(fast.formats.values()) == {"int8-dynamic"}
+    assert fast.latency == pytest.approx((linear * 16 + 1) * 1e-6)
+    assert "latency = " in fast.to_toml() and 'latency_of = "16 prompt tokens; a board"' in fast.to_toml()
+    free = planned("1")
+    assert free.damage < fast.damage and free.latency > (linear + 1) * 3e-6 and free.budget == "1 s for a decoded token"
+    between = planned(f"{(linear * 16 + 1) * 2.5e-6}@16")
+    assert fast.latency < between.latency <= (linear * 16 + 1) * 2.5e-6 and between.damage < fast.damage
+    with pytest.raises(OptionError, match=r"seconds is below"):
+        planned("1e-6@16")
+
+
+def test_without_a_profile_this_machine_is_the_device(frozen: Decoder) -> None:
+    wanted = Precision.parse(None, None, None, "10@8", tune=0)
+    plan = Planner(frozen, wanted, "float32", 0, lambda *_: None).run(items(24), items(8, 900)).plan
+    assert 0 < plan.latency < 10 and plan.latency_of == "8 prompt tokens; roofline of the exporting machine"
 
 
 def test_collected_samples_and_groups(frozen: Decoder, tmp_path: Path) -> None:

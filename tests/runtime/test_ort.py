@@ -160,14 +160,6 @@ def test_columns_for_tokens_that_did_not_stay_are_given_back(
     assert step.cache.buffers.sizes == (150 + 9, *(n + 8 for n in lengths[1:]))
 
 
-def test_a_failed_call_leaves_older_caches_as_they_were(engine: OrtEngine) -> None:
-    start = call(engine, tokens(20))
-    expected = call(engine, tokens(1), [1, 1], start.cache, 20).logits
-    with pytest.raises(EngineError, match="failed on 1 x 2 tokens"):
-        engine.forward(np.full((1, 2), 10**6), np.array([[20, 21]]), np.array([[2, 2]]), start.cache)
-    np.testing.assert_allclose(call(engine, tokens(1), [1, 1], start.cache, 20).logits, expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("count", [1, 20])
 def test_arrays_are_read_at_each_call_and_may_be_written_afterwards(engine: OrtEngine, count: int) -> None:
     ids, positions, keep = tokens(count), np.arange(count)[None], np.full((1, 2), count)
