@@ -1,8 +1,8 @@
 """Pass: Attention as TensorRT takes it: past and new keys put together explicitly, an explicit mask, one output.
 
-Without an Attention node: MatMul, Softmax, MatMul over (batch, key heads, queries of all heads of a group, width), so that
-grouped keys are read once. New keys and values leave the graph as ``new.L.key`` (the caller copies them behind the past
-ones), or are scattered into the caller's buffers, ``present.L.key``, where TensorRT can do that in place.
+Without an Attention node: MatMul, Softmax, MatMul over (batch, key heads, queries of all heads of a group, width), so
+that grouped keys are read once. New keys and values leave the graph as ``new.L.key`` (the caller copies them behind the
+past ones), or are scattered into the caller's buffers, ``present.L.key``, where TensorRT can do that in place.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ class LowerAttention(InPlacePass):
         q = emit("Mul", query, emit.number(scale, kind))
         length = emit("Shape", query, start=2, end=3)
         if share > 1:
-            q = emit("Reshape", q, emit("Concat", emit.ints(0, groups, -1), emit("Shape", query, start=3, end=4), axis=0))
+            q = emit(
+                "Reshape", q, emit("Concat", emit.ints(0, groups, -1), emit("Shape", query, start=3, end=4), axis=0)
+            )
         logits = emit("MatMul", q, emit("Transpose", joined[0], perm=[0, 1, 3, 2]))
         if cap:
             number = emit.number(cap, kind)
@@ -151,9 +153,9 @@ def _heads(node: ir.Node, query: ir.Value, past: ir.Value) -> tuple[int, int, bo
         return attribute(node, "q_num_heads", 0), attribute(node, "kv_num_heads", 0), True
     shapes = [value.shape for value in (query, past)]
     counts = [shape[1] for shape in shapes if shape is not None and len(shape) == 4]
-    if len(counts) < 2 or not all(isinstance(count, int) for count in counts):
-        raise PreconditionError(f"{node.name} does not say how many heads it has")
-    return int(counts[0]), int(counts[1]), False
+    if len(counts) == 2 and isinstance(counts[0], int) and isinstance(counts[1], int):
+        return counts[0], counts[1], False
+    raise PreconditionError(f"{node.name} does not say how many heads it has")
 
 
 def _width(past: ir.Value) -> int:

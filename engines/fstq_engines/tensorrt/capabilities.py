@@ -1,7 +1,8 @@
 """What TensorRT takes, by product, version and GPU architecture: one table. Unknown ones get the most conservative row.
 
 Seen in TensorRT-RTX 1.7.1 and read in the release notes of TensorRT 10.3 to 11: Attention, RotaryEmbedding and
-RMSNormalization nodes from 10.14 on, an in-place KV cache update (TensorScatter) from 10.15 on. An Orin (SM 87) has neither FP8 nor FP4.
+RMSNormalization nodes from 10.14 on, an in-place KV cache update (TensorScatter) from 10.15 on. An Orin (SM 87) has
+neither FP8 nor FP4.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ class Capabilities:
     int4_blocks: bool = True
     fp8: bool = False
     nvfp4: bool = False
-
 
     def attends(self, dtype: str, width: int) -> bool:
         """Whether there is an Attention kernel for numbers of that type and heads of that width.

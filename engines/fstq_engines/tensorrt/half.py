@@ -49,9 +49,9 @@ class Half(InPlacePass):
                 continue
             if node.op_type == "Cast" and node.attributes["to"].as_int() == int(self.source):
                 node.attributes["to"] = ir.AttrInt64("to", int(self.target))
-            for value in node.outputs:
-                if value.dtype == self.source:
-                    value.type = ir.TensorType(self.target)
+            for made in node.outputs:
+                if made.dtype == self.source:
+                    made.type = ir.TensorType(self.target)
         self._logits(graph)
         for name in [n for n, v in graph.initializers.items() if not v.uses() and v not in graph.outputs]:
             graph.initializers.pop(name)
@@ -78,9 +78,7 @@ class Half(InPlacePass):
                 )
             name = f"{value.name}.{self.target.name.lower()}"
             tensor = ir.tensor(array.astype(FLOATS[self.target]), name=name)
-            made = ir.Value(
-                name=name, type=ir.TensorType(self.target), shape=ir.Shape(array.shape), const_value=tensor
-            )
+            made = ir.Value(name=name, type=ir.TensorType(self.target), shape=ir.Shape(array.shape), const_value=tensor)
             graph.initializers[name] = made
             self._made[value, self.target] = made
         return self._made[value, self.target]

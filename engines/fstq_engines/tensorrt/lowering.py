@@ -34,7 +34,7 @@ def lower(
         KnownColumns(),
         RankSort(),
         Half(DTYPES[source], DTYPES[dtype]),
-        Weights(capable),
+        Weights(),
         CachedPositions(capable, borders),
         LowerAttention(capable, borders, room),
     ]
@@ -48,7 +48,8 @@ def lower(
         if isinstance(cause, EngineError):
             raise cause from error
         raise EngineError(
-            f"the bundle's graph cannot be lowered for TensorRT: {cause or error}. Export it again, or use --backend ort."
+            f"the bundle's graph cannot be lowered for TensorRT: {cause or error}. Export it again, or use "
+            "--backend ort."
         ) from error
     for value in [*made.graph.inputs, *made.graph.outputs]:
         if value.shape is not None:  # one name for one length, as profiles go by names

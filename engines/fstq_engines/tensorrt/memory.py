@@ -46,7 +46,11 @@ def estimate(model: ir.Model, info: ModelInfo, stages: Sequence[Stage], settings
     for value in model.graph.inputs:
         if (value.name or "").startswith("past_key_values.") and value.shape is not None and value.dtype is not None:
             heads, width = value.shape[1], value.shape[3]
-            row += (heads if isinstance(heads, int) else 0) * (width if isinstance(width, int) else 0) * value.dtype.itemsize
+            row += (
+                (heads if isinstance(heads, int) else 0)
+                * (width if isinstance(width, int) else 0)
+                * value.dtype.itemsize
+            )
     size = BYTES[settings.dtype]
     # Six arrays as wide as the hidden size and two as an MLP of four times that; masks, ranks and lexical features.
     scratch = settings.batch * settings.prompt * (14 * info.hidden_size * size + 12 * settings.context)
@@ -64,7 +68,9 @@ def free_memory(meminfo: Path | None = None) -> int | None:
         return None
 
 
-def require(model: ir.Model, info: ModelInfo, stages: Sequence[Stage], settings: Settings, free: int | None) -> Estimate:
+def require(
+    model: ir.Model, info: ModelInfo, stages: Sequence[Stage], settings: Settings, free: int | None
+) -> Estimate:
     """The estimate; raises EngineError where ``free`` bytes do not suffice to build, naming what would fit."""
     asked = estimate(model, info, stages, settings)
     if free is None or asked.build <= free:

@@ -1,4 +1,4 @@
-"""TensorRT by its Python module's name: JetPack's ``tensorrt`` or ``tensorrt_rtx``, which have one API. Knows no graph."""
+"""TensorRT by its Python module's name: JetPack's ``tensorrt`` or ``tensorrt_rtx``, which share an API. Knows no graph."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def find(backend: str) -> TensorRT:
     except ModuleNotFoundError as error:
         if error.name not in (name, f"{name}_bindings", f"{name}_libs"):
             raise EngineError(f"{name} does not load: {error}. {HOW[name]}.") from error
-        raise EngineError(f"--backend {backend} needs the Python module {name!r}, which is missing. {HOW[name]}.") from error
+        raise EngineError(
+            f"--backend {backend} needs the Python module {name!r}, which is missing. {HOW[name]}."
+        ) from error
     except (ImportError, OSError, AttributeError) as error:
         raise EngineError(f"{name} is installed but does not load: {error}. {HOW[name]}.") from error
     return TensorRT(module, name, version)

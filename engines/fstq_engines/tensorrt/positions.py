@@ -1,7 +1,7 @@
 """Pass: positions of cached keys, kept in the same columns as the keys themselves.
 
-Where keys are put together anew at each call, ``new_positions.G`` leaves the graph; where they are scattered into buffers,
-positions are too, and ``present_positions.G`` does. ``past_rows.G`` (batch,) is the first free column then.
+Where keys are put together anew at each call, ``new_positions.G`` leaves the graph; where they are scattered into
+buffers, positions are too, and ``present_positions.G`` does. ``past_rows.G`` (batch,) is the first free column then.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ TensorRT's TopK takes K <= 3840, and its output shapes may not depend on compute
 
 - sorting counts, for each number, those that come before it, and scatters it there (:class:`RankSort`): exact, ties in
   order of their columns as in TopK, no limit; S x S comparisons, as many as one attention head makes;
-- how many columns stay after stage G is the *length* of a new input ``columns.G`` = 0, 1, .. (:class:`KnownColumns`). Rows
-  that keep fewer see the rest as padding in front, as in a batch.
+- how many columns stay after stage G is the *length* of a new input ``columns.G`` = 0, 1, .. (:class:`KnownColumns`).
+  Rows that keep fewer see the rest as padding in front, as in a batch.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class KnownColumns(InPlacePass):
             producer = most.producer() if most is not None else None
             if most is None or producer is None or producer.op_type != "Min":
                 raise PreconditionError(f"{node.name}: the number of kept columns is not computed as expected")
-            columns = ir.Value(
-                name=f"columns.{group}", type=ir.TensorType(INT64), shape=ir.Shape([f"columns_{group}"])
-            )
+            columns = ir.Value(name=f"columns.{group}", type=ir.TensorType(INT64), shape=ir.Shape([f"columns_{group}"]))
             at = next(i for i, v in enumerate(graph.inputs) if (v.name or "").startswith("past_"))
             graph.inputs.insert(at, columns)
             emit = Emit(graph, f"fstq/trt/columns.{group}")

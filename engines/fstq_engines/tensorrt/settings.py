@@ -66,8 +66,8 @@ def profiles(settings: Settings, stages: Sequence[Stage], capable: Capabilities)
         if group:
             prefill[f"columns_{group}"] = (1, kept, settings.prompt)
             decode[f"columns_{group}"] = (1, 1, 1)
-        past = (1, kept, top) if capable.cache_update else (0, kept, top - 1)
-        prefill[f"past_{group}"] = past if capable.cache_update else (0, 0, top - 1)
+        past = (1, kept, top) if capable.cache_update else (0, kept, top)
+        prefill[f"past_{group}"] = past if capable.cache_update else (0, 0, top)
         decode[f"past_{group}"] = past
     return [prefill, decode]
 

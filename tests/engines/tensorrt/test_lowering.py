@@ -1,4 +1,4 @@
-"""fstq_engines.tensorrt: lowered graphs compute what the bundle's graph does, in ONNX Runtime, and hold nothing refused."""
+"""fstq_engines.tensorrt: lowered graphs compute what the bundle's graph does, in ONNX Runtime."""
 
 from __future__ import annotations
 
