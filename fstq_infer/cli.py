@@ -41,6 +41,16 @@ Keep = Annotated[
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the bundle's.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampler.")]
+# Settings of a TensorRT engine.
+Context = Annotated[
+    int | None, typer.Option(help="TensorRT: most tokens of prompt and answer together; default: 4096, or the model's.")
+]
+Prompt = Annotated[int | None, typer.Option(help="TensorRT: most tokens of one call; default: the context.")]
+Batch = Annotated[int | None, typer.Option(help="TensorRT: most rows; default: 1.")]
+LayerType = Annotated[
+    str | None, typer.Option("--dtype", help="TensorRT: float16, bfloat16 or float32; default: float16.")
+]
+Rank = Annotated[int | None, typer.Option(help="TensorRT: largest rank of an adapter; default: 64.")]
 
 
 def _ratios(text: str) -> list[float] | None:
@@ -172,11 +182,50 @@ def build(
     backend: Annotated[str, typer.Option(help="The backend to build for.")] = "ort",
     force: Annotated[bool, typer.Option("--force", help="Build again even when an engine is there.")] = False,
     threads: Threads = None,
+    context: Context = None,
+    prompt: Prompt = None,
+    batch: Batch = None,
+    dtype: LayerType = None,
+    rank: Rank = None,
+    workspace: Annotated[int | None, typer.Option(help="TensorRT: largest scratch memory in MiB.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="tensorrt-rtx: build for this device (sm86, sm120), not for this machine's GPU.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Build the engine of a bundle for this device and check it against the bundle."""
+    given = {"context": context, "prompt": prompt, "batch": batch, "dtype": dtype, "rank": rank}
     load("fstq_infer.commands:build", "fstq build", "ort")(
-        bundle, backend=backend, force=force, threads=threads, json=json
+        bundle,
+        backend=backend,
+        force=force,
+        threads=threads,
+        json=json,
+        options=given | {"workspace": workspace, "target": target},
+    )
+
+
+@app.command(epilog="Example: fstq lint my.bundle --target orin-nano")
+def lint(
+    bundle: Bundle,
+    target: Annotated[str, typer.Option(help="orin-nano, orin-nx, agx-orin, thor, sm86 or sm120.")] = "orin-nano",
+    tensorrt: Annotated[
+        str | None, typer.Option(help="The device's TensorRT, such as 10.3; default: that of its JetPack.")
+    ] = None,
+    context: Context = None,
+    prompt: Prompt = None,
+    batch: Batch = None,
+    dtype: LayerType = None,
+    rank: Rank = None,
+    json: Json = False,
+) -> None:
+    """Would TensorRT build this bundle on that device? Builds with tensorrt-rtx, needs no GPU."""
+    load("fstq_engines.tensorrt.lint:command", "fstq lint", "tensorrt-rtx")(
+        bundle,
+        target=target,
+        version=tensorrt,
+        options={"context": context, "prompt": prompt, "batch": batch, "dtype": dtype, "rank": rank},
+        json=json,
     )
 
 

@@ -25,18 +25,23 @@ out = Console(highlight=False, markup=False, soft_wrap=True)
 notes = Console(stderr=True, highlight=False)
 
 
-def build(path: Path, *, backend: str, force: bool, threads: int | None, json: bool) -> None:
+def build(
+    path: Path, *, backend: str, force: bool, threads: int | None, json: bool, options: Mapping[str, Any]
+) -> None:
     """``fstq build``."""
     bundle = Bundle.open(path)
-    with notes.status("building and checking the engine"):
-        engine = build_engine(bundle, backend=backend, force=force, threads=threads)
+    with notes.status("building and checking the engine") as status:
+        engine = build_engine(
+            bundle, backend=backend, force=force, threads=threads, options=options, progress=status.update
+        )
     sidecar = jsonlib.loads((engine / "engine.json").read_text(encoding="utf-8"))
     if json:
         out.print_json(data={"engine": str(engine), **sidecar})
         return
     out.print(f"engine: {engine}")
     made = f"{sidecar['build_seconds']:.1f} s with {sidecar['backend']} {sidecar['version']}"
-    out.print(f"built in {made}; agrees with its bundle")
+    unchecked = sidecar["parity"].get("why")
+    out.print(f"built in {made}; {f'not compared: {unchecked}' if unchecked else 'agrees with its bundle'}")
 
 
 def run(

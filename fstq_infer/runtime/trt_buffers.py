@@ -214,7 +214,7 @@ class Buffers:
 
     def _behind(self, group: int, length: int, positions: Int64, dropped: int, most: int) -> int:
         """Note the positions of new columns and, where the plan has not, put those behind the old ones; new length."""
-        end = length + positions.shape[1]
+        end = length + int(positions.shape[1])
         self.positions[group][:, length:end] = positions
         if self.ports.in_place or end == length:
             return end
@@ -243,8 +243,7 @@ class Buffers:
         self._moves += 1
 
     def _wide(self, columns: int) -> int:
-        context: int = self.ports.context
-        return min(context, -(-columns // BUCKET) * BUCKET)
+        return int(min(self.ports.context, -(-columns // BUCKET) * BUCKET))
 
     def _set(self, name: str, shape: tuple[int, ...]) -> None:
         self._shapes[name] = shape
@@ -265,7 +264,7 @@ class Buffers:
         self.cuda("cudaMemcpy2DAsync", to, to_pitch, source, pitch, width, rows, kind, self.stream)
 
     def _device(self, size: int) -> int:
-        address: int = self.cuda.allocate(size)
+        address = self.cuda.allocate(size)
         self._owned.append(("cudaFree", address))
         return address
 

@@ -1,4 +1,4 @@
-"""Bundle -> TensorRT engine, by JetPack's ``tensorrt`` or ``tensorrt_rtx``: lowered, checked, built, compared, cached."""
+"""Bundle -> engine, by JetPack's ``tensorrt`` or ``tensorrt_rtx``: lowered, checked, built, compared, cached."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fstq_engines import cache, parity
 from fstq_engines.cache import SIDECAR, Identity, Sidecar
 from fstq_engines.external import check_external_data
 from fstq_engines.tensorrt import gpu, memory, module
+from fstq_engines.tensorrt.capabilities import PLAIN, Capabilities, capabilities
 from fstq_engines.tensorrt.settings import Settings, default_settings
 from fstq_infer.atomic import atomic_directory, sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
@@ -29,7 +30,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be built: where from, with what, for which GPU, with which settings. workspace: bytes, or None."""
+    """What is to be built: where from, with what, for which GPU, with which settings. workspace: bytes, or None.
+
+    row_version: of the TensorRT that the graph is lowered for, where it is not the one that builds.
+    """
 
     bundle: Bundle
     trt: module.TensorRT
@@ -38,6 +42,14 @@ class Plan:
     settings: Settings
     target: str | None
     workspace: int | None
+    row_version: str | None = None
+
+    @property
+    def capable(self) -> Capabilities:
+        """What the graph may hold."""
+        if self.row_version is not None:
+            return capabilities(PLAIN, self.row_version, self.gpu.sm)
+        return self.trt.capabilities(self.gpu.sm)
 
     @property
     def arguments(self) -> str:
@@ -114,6 +126,16 @@ def build(
     return target
 
 
+def build_tensorrt(bundle: Bundle, **arguments: Any) -> Path:
+    """:func:`build` with JetPack's ``tensorrt``."""
+    return build(bundle, backend="tensorrt", **arguments)
+
+
+def build_rtx(bundle: Bundle, **arguments: Any) -> Path:
+    """:func:`build` with ``tensorrt_rtx``."""
+    return build(bundle, backend="tensorrt-rtx", **arguments)
+
+
 def _build(made: Plan, target: Path, threads: int | None, say: Any) -> None:
     started, bundle = time.monotonic(), made.bundle
     say(f"checking the bundle {bundle.path}")
@@ -145,7 +167,7 @@ def compile_into(made: Plan, partial: Path, say: Any) -> dict[str, Any]:
     bundle, info, asked = made.bundle, made.bundle.manifest.model, made.settings
     stages = bundle.manifest.stages
     check_external_data(bundle.file(MODEL), [name for name in (WEIGHTS,) if name in bundle.manifest.files])
-    capable = made.trt.capabilities(made.gpu.sm)
+    capable = made.capable
     say("lowering the graph")
     try:
         model = ir.load(bundle.file(MODEL))

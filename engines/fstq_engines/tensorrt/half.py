@@ -29,9 +29,9 @@ class Half(InPlacePass):
         propagate_types(graph)
         if self.source == self.target:
             return PassResult(model, False)
-        for value in graph.inputs:
-            if value.dtype == self.source:
-                value.type = ir.TensorType(self.target)
+        for given in graph.inputs:
+            if given.dtype == self.source:
+                given.type = ir.TensorType(self.target)
         wide: set[ir.Value] = set()  # what our own nodes make
         for node in list(graph):
             ours = (node.name or "").startswith(OURS)

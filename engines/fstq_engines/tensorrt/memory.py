@@ -45,12 +45,8 @@ def estimate(model: ir.Model, info: ModelInfo, stages: Sequence[Stage], settings
     row = 0  # bytes of one token in all caches
     for value in model.graph.inputs:
         if (value.name or "").startswith("past_key_values.") and value.shape is not None and value.dtype is not None:
-            heads, width = value.shape[1], value.shape[3]
-            row += (
-                (heads if isinstance(heads, int) else 0)
-                * (width if isinstance(width, int) else 0)
-                * value.dtype.itemsize
-            )
+            heads, width = (d if isinstance(d, int) else 0 for d in (value.shape[1], value.shape[3]))
+            row += int(heads * width * value.dtype.itemsize)
     size = BYTES[settings.dtype]
     # Six arrays as wide as the hidden size and two as an MLP of four times that; masks, ranks and lexical features.
     scratch = settings.batch * settings.prompt * (14 * info.hidden_size * size + 12 * settings.context)

@@ -1,4 +1,4 @@
-"""TensorRT by its Python module's name: JetPack's ``tensorrt`` or ``tensorrt_rtx``, which share an API. Knows no graph."""
+"""TensorRT by its module's name: JetPack's ``tensorrt`` or ``tensorrt_rtx``, which share an API. Knows no graph."""
 
 from __future__ import annotations
 
