@@ -10,7 +10,7 @@ from fstq_infer.errors import EngineError
 TO_DEVICE, TO_HOST, ON_DEVICE = 1, 2, 3  # cudaMemcpyKind
 RELAXED = 2  # cudaStreamCaptureModeRelaxed
 MAJOR, MINOR = 75, 76  # cudaDevAttrComputeCapabilityMajor, Minor
-HOW = "On a Jetson: pip install 'cuda-python>=12,<13' (JetPack 6) or 'cuda-python>=13' (JetPack 7)"
+HOW = "Install it with: pip install 'fstq-infer[tensorrt]' (JetPack 6 has CUDA 12: add 'cuda-python<13')"
 
 
 class Cuda:

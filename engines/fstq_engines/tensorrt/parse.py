@@ -27,18 +27,27 @@ class Messages:
     warnings: list[str] = field(default_factory=list)
 
 
-def _logger(module: Any, messages: Messages) -> Any:
+_loggers: dict[str, Any] = {}
+
+
+def _logger(trt: TensorRT, messages: Messages) -> Any:
+    """TensorRT keeps the first logger of a process for ever: there is one, told where messages go now."""
+    module = trt.module
+
     class Logger(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             module.ILogger.__init__(self)
+            self.messages = Messages()
 
         def log(self, severity: Any, text: str) -> None:
             if severity <= module.ILogger.ERROR:
-                messages.errors.append(text)
+                self.messages.errors.append(text)
             elif severity == module.ILogger.WARNING:
-                messages.warnings.append(text)
+                self.messages.warnings.append(text)
 
-    return Logger()
+    logger = _loggers.setdefault(trt.product, None) or Logger()
+    _loggers[trt.product], logger.messages = logger, messages
+    return logger
 
 
 def _monitor(module: Any, say: Say, stop: threading.Event) -> Any:
@@ -108,7 +117,7 @@ def compile_plan(trt: TensorRT, job: Job, out: Path, say: Say) -> Messages:
 
 def _compile(trt: TensorRT, job: Job, out: Path, say: Say, stop: threading.Event, messages: Messages) -> None:
     module = trt.module
-    logger = _logger(module, messages)
+    logger = _logger(trt, messages)
     builder = module.Builder(logger)
     flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
@@ -120,9 +129,10 @@ def _compile(trt: TensorRT, job: Job, out: Path, say: Say, stop: threading.Event
         raise EngineError(f"{trt.product} {trt.version} refuses the graph: {told or _last(messages)}")
     check_messages(messages.warnings)
     for index in range(network.num_layers):
-        attention = getattr(network.get_layer(index), "attention", None)
-        if attention is not None and hasattr(attention, "decomposable"):
-            attention.decomposable = True  # slower than no kernel at all it is not
+        layer = network.get_layer(index)
+        if layer.type == getattr(module.LayerType, "ATTENTION_INPUT", None):
+            layer.__class__ = module.IAttentionInputLayer  # layers come as their base class
+            layer.attention.decomposable = True  # where there is no kernel for it
     config = _configure(trt, job, builder, network)
     config.progress_monitor = _monitor(module, say, stop)
     timing = _timing(module, job, config)
@@ -200,5 +210,6 @@ def _serialize(module: Any, builder: Any, network: Any, config: Any, out: Path) 
 
 
 def _last(messages: Messages) -> str:
-    said = [message for message in messages.errors if "---" not in message] or messages.warnings
+    noise = ("---", "catchCudaError", "logger passed into")
+    said = [m for m in messages.errors or messages.warnings if not any(part in m for part in noise)]
     return (said[-1] if said else "it gave no reason")[:500]

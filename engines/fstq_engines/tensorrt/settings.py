@@ -12,7 +12,7 @@ from fstq_engines.tensorrt.lowering import DTYPES
 from fstq_infer.errors import EngineError, OptionError, suggestion
 from fstq_infer.runtime.engine import Stage
 
-PREFILL, DECODE = 0, 1
+USUAL_CONTEXT = 4096
 Range = tuple[int, int, int]  # smallest, most usual, largest
 
 
@@ -47,12 +47,15 @@ class Settings:
 
 def default_settings(max_positions: int, **given: int | float | str | None) -> Settings:
     """Settings where what is not given is usual: 4,096 tokens of context, all of them as prompt, float16."""
-    context = given.get("context") or min(4096, max_positions)
-    if int(context) > max_positions:
-        raise OptionError(f"a context of {context} tokens is asked for, but the model has {max_positions} positions")
     known = {name: value for name, value in given.items() if value is not None}
-    known |= {"context": context, "prompt": given.get("prompt") or context}
-    return Settings(**known)  # type: ignore[arg-type]
+    known.setdefault("context", min(USUAL_CONTEXT, max_positions))
+    known.setdefault("prompt", known["context"])
+    made = Settings(**known)  # type: ignore[arg-type]
+    if made.context > max_positions:
+        raise OptionError(
+            f"a context of {made.context} tokens is asked for, but the model has {max_positions} positions"
+        )
+    return made
 
 
 def profiles(settings: Settings, stages: Sequence[Stage], capable: Capabilities) -> list[dict[str, Range]]:
