@@ -16,7 +16,7 @@ ir = pytest.importorskip("onnx_ir", reason="lowering needs onnx-ir, of the 'ort'
 from fstq_engines.tensorrt.settings import Settings, profiles  # noqa: E402
 
 from fstq_infer.bundle import Bundle  # noqa: E402
-from fstq_infer.errors import EngineError, EngineMismatchError  # noqa: E402
+from fstq_infer.errors import EngineError, EngineMismatchError, ParityError  # noqa: E402
 from fstq_infer.runtime import trt_buffers  # noqa: E402
 from fstq_infer.runtime.cuda import Cuda  # noqa: E402
 from fstq_infer.runtime.ort import OrtEngine  # noqa: E402
@@ -182,3 +182,48 @@ def test_what_cuda_reports_is_an_engine_error(call: str, code: int, make: Make) 
     device.fails = {call: code}
     with pytest.raises(EngineError, match=f"{call} failed: {code}"):
         engine.forward(*feed([40]), np.array([[20, 9]]), engine.empty_cache(1))
+
+
+def test_an_engine_that_is_built_on_a_gpu_is_compared_with_its_bundle(
+    make: Make, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from fstq_engines.tensorrt import build, gpu, module
+
+    engine, _, fake_module = make()
+    settings = Settings(CONTEXT, PROMPT, BATCH, "float32")
+    trt = module.TensorRT(fake_module, "tensorrt", "10.3.0")
+    plan = build.Plan(tiny_bundle, trt, gpu.Gpu("Orin", 87, "12.6"), None, settings, None, None)
+    monkeypatch.setattr("fstq_infer.runtime.trt.TrtEngine", lambda *_, **__: engine)
+    found = build._compare(plan, tmp_path, 1, lambda _: None)
+    assert found["checked"] and 0 < found["difference"] < 1e-4 and "padded batch" in found["cases"]
+    first = engine._contexts[0].plan.session
+    monkeypatch.setattr(engine._contexts[0].plan, "session", Wrong(first))
+    with pytest.raises(ParityError, match="other logits"):
+        build._compare(plan, tmp_path, 1, lambda _: None)
+
+
+class Wrong:
+    """A session whose logits are a little off."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+
+    def run(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
+        made = self.session.run(names, feeds)
+        return [value + np.float32(0.1) * (name == "logits") for name, value in zip(names, made, strict=True)]
+
+
+def test_cuda_is_described_and_its_absence_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    from fstq_engines.tensorrt import gpu
+
+    assert Cuda(fake.Device(87)).architecture() == 87
+
+    def nothing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", nothing)
+    with pytest.raises(EngineError, match=r"cuda-python.*fstq-infer\[tensorrt\]"):
+        Cuda.load()
+    assert gpu.this_gpu() is None

@@ -34,7 +34,7 @@ def _logger(trt: TensorRT, messages: Messages) -> Any:
     """TensorRT keeps the first logger of a process for ever: there is one, told where messages go now."""
     module = trt.module
 
-    class Logger(module.ILogger):  # type: ignore[misc]
+    class Logger(module.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self.messages = Messages()
