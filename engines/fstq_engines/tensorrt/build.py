@@ -234,8 +234,7 @@ def agreement(
     In half precision two scores that are nearly equal may change places. Then most tokens must be the same.
     """
     dense = [index for index, case in enumerate(cases) if case.name == "dense"]
-    parts = [[group[index] for index in dense] for group in (cases, expected, found)]
-    parity.compare(*parts, dtype)  # type: ignore[arg-type]
+    parity.compare([cases[i] for i in dense], [expected[i] for i in dense], [found[i] for i in dense], dtype)
     try:
         return parity.compare(cases, expected, found, dtype)
     except ParityError:
