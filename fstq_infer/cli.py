@@ -41,6 +41,7 @@ Keep = Annotated[
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the bundle's.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampler.")]
+Backend = Annotated[str, typer.Option(help="ort, tensorrt or tensorrt-rtx; see 'fstq build'.")]
 # Settings of a TensorRT engine.
 Context = Annotated[
     int | None, typer.Option(help="TensorRT: most tokens of prompt and answer together; default: 4096, or the model's.")
@@ -246,6 +247,7 @@ def run(
     show_kept: Annotated[bool, typer.Option("--show-kept", help="Show the prompt, dropped tokens struck out.")] = False,
     chat_template: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     threads: Threads = None,
+    backend: Backend = "ort",
     json: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -255,6 +257,7 @@ def run(
         show_kept=show_kept,
         chat=chat_template,
         threads=threads,
+        backend=backend,
         json=json,
         options={
             "keep": _keep(keep),
@@ -278,12 +281,14 @@ def chat(
     temperature: Temperature = None,
     seed: Seed = None,
     threads: Threads = None,
+    backend: Backend = "ort",
 ) -> None:
     """Talk to a bundle; the cache is kept between turns. An empty line or Ctrl-D ends."""
     load("fstq_infer.commands:chat", "fstq chat", "ort")(
         bundle,
         system=system,
         threads=threads,
+        backend=backend,
         options={"keep": _keep(keep), "max_tokens": max_tokens, "temperature": temperature, "seed": seed},
     )
 
@@ -298,6 +303,7 @@ def bench(
     keep: Annotated[str, typer.Option(help="Keep ratios to compare, with commas; 1.0 is dense.")] = "1.0,0.5,0.25",
     repeats: Annotated[int, typer.Option(help="Measured rounds; each runs every ratio in turn.")] = 5,
     threads: Threads = None,
+    backend: Backend = "ort",
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
     """Measure dense against pruned, interleaved; medians."""
@@ -308,6 +314,7 @@ def bench(
         keeps=_ratios(keep),
         repeats=repeats,
         threads=threads,
+        backend=backend,
         json_file=json,
     )
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,14 @@ def build(
 ) -> Path:
     """Build an engine, or reuse a whole one that is there; returns its directory.
 
+    Without options and directory the engine that was built last for this bundle, here, will do, whatever its settings.
     threads: of the bundle's own graph, which the engine is compared with. options: see :func:`plan`.
     Raises EngineMismatchError when ``directory`` holds an engine for something else, ParityError, EngineError.
     """
     made = plan(bundle, backend, options)
     wanted = made.identity
+    if not (options or directory or force) and (last := _last_built(wanted)) is not None:
+        return last
     target = cache.default_directory(wanted) if directory is None else Path(directory)
     with cache.one_builder(target):
         if not force and os.path.exists(target / SIDECAR):
@@ -124,6 +127,20 @@ def build(
             shutil.rmtree(target)  # the cache is ours; another directory without a sidecar is not touched
         _build(made, target, threads, progress or _log.info)
     return target
+
+
+def _last_built(wanted: Identity) -> Path | None:
+    """The newest whole engine in the cache that differs in its arguments at most."""
+    found = []
+    for path in cache.engines_root().glob(f"*/{SIDECAR}"):
+        try:
+            sidecar = Sidecar.read(path.parent)
+            if replace(sidecar.identity, arguments=wanted.arguments) == wanted:
+                sidecar.verify(path.parent)
+                found.append((path.stat().st_mtime_ns, path.parent))
+        except (EngineError, OSError):
+            continue
+    return max(found)[1] if found else None
 
 
 def build_tensorrt(bundle: Bundle, **arguments: Any) -> Path:

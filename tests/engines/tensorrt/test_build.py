@@ -241,6 +241,26 @@ def test_an_engine_for_another_machine(dense: Bundle, rtx: Any, engine_cache: Pa
     assert "fstq build" in str(caught.value) and "--backend tensorrt-rtx" in str(caught.value)
 
 
+def test_without_options_the_engine_built_last_will_do(
+    dense: Bundle, rtx: Any, engine_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = gpu.Gpu("RTX", 86, "13.0")
+    monkeypatch.setattr(gpu, "this_gpu", lambda: here)
+    monkeypatch.setattr(build, "_compare", lambda *_: {"checked": False, "why": "a test"})
+    compile_plan = parse.compile_plan
+
+    def for_86(trt: Any, job: parse.Job, out: Path, say: Any) -> Any:  # there is no GPU to ask what it is
+        return compile_plan(trt, replace(job, sm=86), out, say)
+
+    monkeypatch.setattr(parse, "compile_plan", for_86)
+    first = build_engine(dense, "tensorrt-rtx", options=SMALL)
+    assert build_engine(dense, "tensorrt-rtx") == first
+    sidecar = json.loads((first / "engine.json").read_text())
+    assert sidecar["device"] == "GPU" and "RTX, SM 86, CUDA 13.0" in sidecar["machine"]
+    here = gpu.Gpu("RTX", 89, "13.0")
+    assert build._last_built(build.plan(dense, "tensorrt-rtx").identity) is None
+
+
 def test_ctrl_c_ends_a_build_and_leaves_nothing(dense: Bundle, rtx: Any, engine_cache: Path) -> None:
     def say(text: str) -> None:
         if "Building" in text:
@@ -291,3 +311,23 @@ def test_an_identity_without_arguments_has_the_key_of_before() -> None:
     one = cache.Identity("a", "onnxruntime", "1.23", cpu)
     assert one.key == cache.Identity("a", "onnxruntime", "1.23", cpu, "").key
     assert one.key != cache.Identity("a", "onnxruntime", "1.23", cpu, "--context 1").key
+
+
+def test_the_commands(dense: Bundle, rtx: Any, engine_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fstq_infer import cli
+
+    small = ["--context", "64", "--prompt", "32"]
+    for arguments, says in (
+        (
+            ["build", str(dense.path), "--backend", "tensorrt-rtx", "--target", "sm86", *small],
+            "not compared: built for sm86",
+        ),
+        (["lint", str(dense.path), "--target", "sm86", *small], "it was not run"),
+        (["lint", str(dense.path), "--target", "orin", *small], "did you mean"),
+        (["build", str(dense.path), "--context", "64"], "is an option of the backends tensorrt"),
+        (["build", str(dense.path), "--backend", "tensorr"], "did you mean 'tensorrt'"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        said = capsys.readouterr()
+        assert says in (said.out + said.err).replace("\n", " ")
