@@ -52,7 +52,10 @@ def estimate(model: ir.Model, info: ModelInfo, stages: Sequence[Stage], settings
     scratch = settings.batch * settings.prompt * (14 * info.hidden_size * size + 12 * settings.context)
     scratch += 4 * settings.batch * info.vocab_size
     del stages  # every layer may hold the whole prompt: keep is chosen at run time
-    return Estimate(weights, settings.batch * settings.context * int(row), scratch)
+    columns = settings.context
+    if any((value.name or "").startswith("new.") for value in model.graph.outputs):
+        columns += settings.prompt  # new columns are returned, and copied behind the old ones
+    return Estimate(weights, settings.batch * columns * row, scratch)
 
 
 def free_memory(meminfo: Path | None = None) -> int | None:
