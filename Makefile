@@ -10,7 +10,11 @@ CONSTRAINTS := constraints-cpu.txt
 FED := .venv-federated
 FED_STAMP := $(FED)/.installed
 
-.PHONY: setup demo test test-all test-federated lint bench plots train-demo clean
+# A quarter of a gigabyte that only building TensorRT engines needs.
+TRT := .venv-tensorrt
+TRT_STAMP := $(TRT)/.installed
+
+.PHONY: setup demo test test-all test-federated test-tensorrt lint bench plots train-demo clean
 
 setup: $(STAMP)
 
@@ -45,6 +49,19 @@ $(FED_STAMP): $(STAMP)
 test-federated: $(FED_STAMP)
 	$(FED)/bin/python -m pytest -m "not slow" tests/federated
 
+$(TRT_STAMP): $(STAMP)
+	$(PYTHON) -m venv $(TRT)
+	$(TRT)/bin/python -m pip install --quiet 'tensorrt-rtx>=1.7,<2'
+	base=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  own=$$($(TRT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$base')" > "$$own/zz-base.pth"
+	touch $(TRT_STAMP)
+
+# Builds with tensorrt-rtx, without a GPU; TRT_TESTS= adds the slow ones.
+TRT_TESTS ?= -m "not slow"
+test-tensorrt: $(TRT_STAMP)
+	$(TRT)/bin/python -m pytest $(TRT_TESTS) tests/engines/tensorrt tests/runtime/test_trt.py
+
 bench: $(STAMP)
 	$(BIN)/python bench/quality.py
 	$(BIN)/python bench/pruning.py
@@ -64,4 +81,4 @@ train-demo: $(STAMP)
 	cp $(VENV)/demo-model/*.json $(VENV)/demo-model/model.safetensors export/fstq_export/demo/model
 
 clean:
-	rm -rf $(VENV) $(FED) demo-out dist build
+	rm -rf $(VENV) $(FED) $(TRT) demo-out dist build

@@ -41,6 +41,17 @@ Keep = Annotated[
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the bundle's.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampler.")]
+Backend = Annotated[str, typer.Option(help="ort, tensorrt or tensorrt-rtx; see 'fstq build'.")]
+# Settings of a TensorRT engine.
+Context = Annotated[
+    int | None, typer.Option(help="TensorRT: most tokens of prompt and answer together; default: 4096, or the model's.")
+]
+Prompt = Annotated[int | None, typer.Option(help="TensorRT: most tokens of one call; default: the context.")]
+Batch = Annotated[int | None, typer.Option(help="TensorRT: most rows; default: 1.")]
+LayerType = Annotated[
+    str | None, typer.Option("--dtype", help="TensorRT: float16, bfloat16 or float32; default: float16.")
+]
+Rank = Annotated[int | None, typer.Option(help="TensorRT: largest rank of an adapter; default: 64.")]
 
 
 def _ratios(text: str) -> list[float] | None:
@@ -201,11 +212,52 @@ def build(
         ),
     ] = None,
     profile_tokens: Annotated[int, typer.Option(help="Length of a prompt that --profile measures with.")] = 256,
+    context: Context = None,
+    prompt: Prompt = None,
+    batch: Batch = None,
+    dtype: LayerType = None,
+    rank: Rank = None,
+    workspace: Annotated[int | None, typer.Option(help="TensorRT: largest scratch memory in MiB.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="tensorrt-rtx: build for this device (sm86, sm120), not for this machine's GPU.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Build the engine of a bundle for this device and check it against the bundle."""
+    given = {"context": context, "prompt": prompt, "batch": batch, "dtype": dtype, "rank": rank}
     load("fstq_infer.commands:build", "fstq build", "ort")(
-        bundle, backend=backend, force=force, threads=threads, json=json, profile=profile, profile_tokens=profile_tokens
+        bundle,
+        backend=backend,
+        force=force,
+        threads=threads,
+        json=json,
+        profile=profile,
+        profile_tokens=profile_tokens,
+        options=given | {"workspace": workspace, "target": target},
+    )
+
+
+@app.command(epilog="Example: fstq lint my.bundle --target orin-nano")
+def lint(
+    bundle: Bundle,
+    target: Annotated[str, typer.Option(help="orin-nano, orin-nx, agx-orin, thor, sm86 or sm120.")] = "orin-nano",
+    tensorrt: Annotated[
+        str | None, typer.Option(help="The device's TensorRT, such as 10.3; default: that of its JetPack.")
+    ] = None,
+    context: Context = None,
+    prompt: Prompt = None,
+    batch: Batch = None,
+    dtype: LayerType = None,
+    rank: Rank = None,
+    json: Json = False,
+) -> None:
+    """Would TensorRT build this bundle on that device? Builds with tensorrt-rtx, needs no GPU."""
+    load("fstq_engines.tensorrt.lint:command", "fstq lint", "tensorrt-rtx")(
+        bundle,
+        target=target,
+        version=tensorrt,
+        options={"context": context, "prompt": prompt, "batch": batch, "dtype": dtype, "rank": rank},
+        json=json,
     )
 
 
@@ -226,6 +278,7 @@ def run(
     show_kept: Annotated[bool, typer.Option("--show-kept", help="Show the prompt, dropped tokens struck out.")] = False,
     chat_template: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
     threads: Threads = None,
+    backend: Backend = "ort",
     json: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -235,6 +288,7 @@ def run(
         show_kept=show_kept,
         chat=chat_template,
         threads=threads,
+        backend=backend,
         json=json,
         options={
             "keep": _keep(keep),
@@ -258,12 +312,14 @@ def chat(
     temperature: Temperature = None,
     seed: Seed = None,
     threads: Threads = None,
+    backend: Backend = "ort",
 ) -> None:
     """Talk to a bundle; the cache is kept between turns. An empty line or Ctrl-D ends."""
     load("fstq_infer.commands:chat", "fstq chat", "ort")(
         bundle,
         system=system,
         threads=threads,
+        backend=backend,
         options={"keep": _keep(keep), "max_tokens": max_tokens, "temperature": temperature, "seed": seed},
     )
 
@@ -278,6 +334,7 @@ def bench(
     keep: Annotated[str, typer.Option(help="Keep ratios to compare, with commas; 1.0 is dense.")] = "1.0,0.5,0.25",
     repeats: Annotated[int, typer.Option(help="Measured rounds; each runs every ratio in turn.")] = 5,
     threads: Threads = None,
+    backend: Backend = "ort",
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
 ) -> None:
     """Measure dense against pruned, interleaved; medians."""
@@ -288,6 +345,7 @@ def bench(
         keeps=_ratios(keep),
         repeats=repeats,
         threads=threads,
+        backend=backend,
         json_file=json,
     )
 

@@ -33,13 +33,16 @@ def build(
     force: bool,
     threads: int | None,
     json: bool,
+    options: Mapping[str, Any],
     profile: Path | None = None,
     profile_tokens: int = 256,
 ) -> None:
     """``fstq build``."""
     bundle = Bundle.open(path)
-    with notes.status("building and checking the engine"):
-        engine = build_engine(bundle, backend=backend, force=force, threads=threads)
+    with notes.status("building and checking the engine") as status:
+        engine = build_engine(
+            bundle, backend=backend, force=force, threads=threads, options=options, progress=status.update
+        )
     if profile is not None:
         measure_device = load("fstq_engines.profile:write", "fstq build --profile", "ort")
         with notes.status("measuring kernels"):
@@ -50,17 +53,26 @@ def build(
         return
     out.print(f"engine: {engine}")
     made = f"{sidecar['build_seconds']:.1f} s with {sidecar['backend']} {sidecar['version']}"
-    out.print(f"built in {made}; agrees with its bundle")
+    unchecked = sidecar["parity"].get("why")
+    out.print(f"built in {made}; {f'not compared: {unchecked}' if unchecked else 'agrees with its bundle'}")
     if profile is not None:
         out.print(f"profile: {profile}")
 
 
 def run(
-    path: Path, prompt: str, *, show_kept: bool, chat: bool, threads: int | None, json: bool, options: Mapping[str, Any]
+    path: Path,
+    prompt: str,
+    *,
+    show_kept: bool,
+    chat: bool,
+    threads: int | None,
+    json: bool,
+    options: Mapping[str, Any],
+    backend: str = "ort",
 ) -> None:
     """``fstq run``."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    generator = Generator.load(path, threads=threads)
+    generator = Generator.load(path, backend=backend, threads=threads)
     given = {name: value for name, value in options.items() if value is not None}
     if json:
         result = (
@@ -111,9 +123,11 @@ def kept_text(generator: Generator, result: Result) -> Text:
     return text
 
 
-def chat(path: Path, *, system: str | None, threads: int | None, options: Mapping[str, Any]) -> None:
+def chat(
+    path: Path, *, system: str | None, threads: int | None, options: Mapping[str, Any], backend: str = "ort"
+) -> None:
     """``fstq chat``."""
-    generator = Generator.load(path, threads=threads)
+    generator = Generator.load(path, backend=backend, threads=threads)
     session = generator.session(system=system) if system else generator.session()
     given = {name: value for name, value in options.items() if value is not None}
     while True:
@@ -142,13 +156,14 @@ def bench(
     repeats: int,
     threads: int | None,
     json_file: Path | None,
+    backend: str = "ort",
 ) -> None:
     """``fstq bench``."""
     if keeps is None:
         raise OptionError("--keep takes numbers here, such as 1.0,0.5,0.25")
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise OptionError(f"--json {json_file} cannot be written: it is a folder, or its folder does not exist")
-    generator = Generator.load(path, threads=threads)
+    generator = Generator.load(path, backend=backend, threads=threads)
     with notes.status("measuring"):
         report = measure(generator, prompt_tokens, new_tokens, keeps, repeats)
     out.print(bench_table(report))

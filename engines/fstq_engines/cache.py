@@ -15,7 +15,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,14 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """A kind of CPU: readable description, and SHA-256 of machine type and instruction set extensions."""
+    """A kind of CPU: readable description, and SHA-256 of machine type and instruction set extensions.
+
+    what: "GPU" where an engine depends on that instead.
+    """
 
     description: str
     sha256: str
+    what: str = "CPU"
 
 
 def this_cpu() -> Cpu:
@@ -59,23 +63,31 @@ def this_cpu() -> Cpu:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What an engine was built from, with and for. Two engines with equal identities can stand for each other."""
+    """What an engine was built from, with and for. Two engines with equal identities can stand for each other.
+
+    arguments: of ``fstq build``, where an engine depends on any.
+    """
 
     bundle_sha256: str
     backend: str
     version: str
     cpu: Cpu
+    arguments: str = ""
 
     @property
     def key(self) -> str:
         """Short name of the engine's directory."""
-        parts = (self.bundle_sha256, self.backend, self.version, self.cpu.sha256, GRAPH_CONTRACT, LAYOUT)
+        parts = [self.bundle_sha256, self.backend, self.version, self.cpu.sha256, GRAPH_CONTRACT, LAYOUT]
+        parts += [self.arguments] * bool(self.arguments)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """engine.json. ``peak_rss_bytes`` is that of the process that built it; ``parity`` says how it was checked."""
+    """engine.json. ``peak_rss_bytes`` is that of the process that built it; ``parity`` says how it was checked.
+
+    details: what a backend adds, such as profiles.
+    """
 
     identity: Identity
     bundle_path: str
@@ -83,6 +95,7 @@ class Sidecar:
     build_seconds: float
     peak_rss_bytes: int
     parity: Mapping[str, Any]
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The file's text."""
@@ -101,6 +114,10 @@ class Sidecar:
             "peak_rss_bytes": self.peak_rss_bytes,
             "parity": dict(self.parity),
         }
+        if self.identity.arguments:
+            data |= {"arguments": self.identity.arguments, "device": self.identity.cpu.what}
+        if self.details:
+            data["details"] = dict(self.details)
         return json.dumps(data, indent=2) + "\n"
 
     @classmethod
@@ -120,13 +137,15 @@ class Sidecar:
                     bundle_sha256=str(data["bundle_sha256"]),
                     backend=str(data["backend"]),
                     version=str(data["version"]),
-                    cpu=Cpu(str(data["machine"]), str(data["cpu_sha256"])),
+                    cpu=Cpu(str(data["machine"]), str(data["cpu_sha256"]), str(data.get("device", "CPU"))),
+                    arguments=str(data.get("arguments", "")),
                 ),
                 bundle_path=str(data["bundle_path"]),
                 files=files,
                 build_seconds=float(data["build_seconds"]),
                 peak_rss_bytes=int(data["peak_rss_bytes"]),
                 parity=dict(data["parity"]),
+                details=dict(data.get("details", {})),
             )
         except OSError as error:
             raise EngineError(f"{directory} holds no engine: {error}.") from error
@@ -161,7 +180,13 @@ class Sidecar:
                     f"{wanted.bundle_sha256[:12]} ({bundle.path})",
                 ),
                 ("the backend", backends[0] == backends[1], *backends),
-                ("the CPU", have.cpu.sha256 == wanted.cpu.sha256, *cpus),
+                (f"the {wanted.cpu.what}", have.cpu.sha256 == wanted.cpu.sha256, *cpus),
+                (
+                    "its settings",
+                    have.arguments == wanted.arguments,
+                    have.arguments or "none",
+                    wanted.arguments or "none",
+                ),
             )
             if not same
         ]
@@ -174,7 +199,7 @@ class Sidecar:
 
 def rebuild_command(bundle: Bundle, directory: Path, identity: Identity) -> str:
     """The command line that builds anew; it writes into the cache."""
-    command = f"fstq build {shlex.quote(str(bundle.path))} --force"
+    command = f"fstq build {shlex.quote(str(bundle.path))} {identity.arguments} --force".replace("  ", " ")
     cached = directory.absolute() == default_directory(identity)
     return command if cached else f"{command} (which builds into the cache, not into {directory})"
 

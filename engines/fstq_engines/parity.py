@@ -125,7 +125,12 @@ def compare(made: Sequence[Case], expected: Sequence[Output], found: Sequence[Ou
 
 
 def compare_rounded(
-    made: Sequence[Case], expected: Sequence[Output], written: Sequence[Output], found: Sequence[Output], dtype: str
+    made: Sequence[Case],
+    expected: Sequence[Output],
+    written: Sequence[Output],
+    found: Sequence[Output],
+    dtype: str,
+    what: str = "rounding inputs to int8",
 ) -> Parity:
     """An engine that rounds inputs: its outputs beside the bundle's, and beside those with the rounding written out.
 
@@ -142,15 +147,15 @@ def compare_rounded(
         if count > tokens_allowed:
             raise ParityError(
                 f"the engine keeps other tokens than its bundle's graph: {case.name}: {count} of a row differ, at most "
-                f"{tokens_allowed} may, as rounding inputs to int8 alone changes {apart}. {ADVICE}"
+                f"{tokens_allowed} may, as {what} alone changes {apart}. {ADVICE}"
             )
         most = max(most, count)
     for (number, step), difference in _distances(expected, found).items():
         if not difference <= allowed:
             raise ParityError(
                 f"the engine computes other logits than its bundle's graph: {made[number].name}, {_step(step)}: "
-                f"difference {difference:.3g}, allowed {allowed:.3g}, {MARGIN:g} times what rounding inputs to int8 "
-                f"alone does. {ADVICE}"
+                f"difference {difference:.3g}, allowed {allowed:.3g}, {MARGIN:g} times what {what} alone "
+                f"does. {ADVICE}"
             )
         worst = max(worst, difference)
     return Parity(worst, allowed, tuple(case.name for case in made), _longest(made), most, tokens_allowed)

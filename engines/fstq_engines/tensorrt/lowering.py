@@ -1,0 +1,58 @@
+"""From a bundle's graph to the graph that TensorRT is given: which passes run, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import Sequential
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from fstq_engines.tensorrt.attention import LowerAttention
+from fstq_engines.tensorrt.capabilities import Capabilities
+from fstq_engines.tensorrt.half import Half
+from fstq_engines.tensorrt.positions import CachedPositions
+from fstq_engines.tensorrt.selection import KnownColumns, RankSort
+from fstq_engines.tensorrt.simple import DecomposeNorms, DecomposeRotary
+from fstq_engines.tensorrt.weights import Weights
+from fstq_infer.errors import EngineError
+
+DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+
+
+def lower(
+    model: ir.Model, capable: Capabilities, borders: Sequence[int], source: str, dtype: str, room: int
+) -> ir.Model:
+    """The model, changed in place. borders: layers of the pruning stages. source, dtype: names of types, see DTYPES.
+
+    room: columns of cached keys that the engine has, where it updates them in place.
+
+    Raises EngineError for a graph that is not built as expected.
+    """
+    passes: list[Any] = [
+        KnownColumns(),
+        RankSort(),
+        Half(DTYPES[source], DTYPES[dtype]),
+        Weights(),
+        CachedPositions(capable, borders),
+        LowerAttention(capable, borders, room),
+    ]
+    passes += [] if capable.rotary else [DecomposeRotary()]
+    passes += [] if capable.rms_norm else [DecomposeNorms()]
+    passes.append(RemoveUnusedNodesPass())
+    try:
+        made: ir.Model = Sequential(*passes)(model).model
+    except (ir.passes.PassError, ir.passes.InvariantError) as error:
+        cause = error.__cause__
+        if isinstance(cause, EngineError):
+            raise cause from error
+        raise EngineError(
+            f"the bundle's graph cannot be lowered for TensorRT: {cause or error}. Export it again, or use "
+            "--backend ort."
+        ) from error
+    for value in [*made.graph.inputs, *made.graph.outputs]:
+        if value.shape is not None:  # one name for one length, as profiles go by names
+            value.shape = ir.Shape(["sequence" if str(d) == "sequence_len" else d for d in value.shape.dims])
+    made.opset_imports[""] = capable.opset
+    return made
