@@ -91,6 +91,10 @@ class OptionError(FstqError):
     """An option's name or value is not accepted."""
 
 
+class ConfigError(OptionError):
+    """A configuration has an unknown key or a bad value; the message names file and key."""
+
+
 class DeltaError(FstqError):
     """A delta to be compressed does not fit its manifest, or is not finite; the message names the tensor."""
 

@@ -30,10 +30,7 @@ def check_mods(mods: Sequence[Any], preset: str = "fstq", fisher: bool = False) 
         raise PrivacyOrderError("fstq_mod occurs twice, expected once: a message cannot be compressed again.")
     for index, name in enumerate(names):
         if name in SECURE_SUMS:
-            raise PrivacyOrderError(
-                f"{name} adds masked vectors coordinate by coordinate, but compressed messages keep other coordinates "
-                f"for each client, so their sum means nothing. Leave out one of the two."
-            )
+            raise PrivacyOrderError(masked(name))
         if name in CLIPPING + LOCAL_NOISE and index < places[0]:
             raise PrivacyOrderError(
                 f"{name} comes before fstq_mod, so it would see the compressed bytes in place of weights. Put fstq_mod "
@@ -47,6 +44,14 @@ def check_mods(mods: Sequence[Any], preset: str = "fstq", fisher: bool = False) 
                 f"which coordinates are sent would tell of them. Return no 'fstq-fisher' record."
             )
     return list(mods)
+
+
+def masked(name: str) -> str:
+    """Why secure sums do not go with compression."""
+    return (
+        f"{name} adds masked vectors coordinate by coordinate, but compressed messages keep other coordinates for each "
+        f"client, so their sum means nothing. Leave out one of the two."
+    )
 
 
 def check_clipping(preset: str) -> None:

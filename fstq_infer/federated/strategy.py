@@ -36,7 +36,9 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
 
     inner: any Flower strategy, privacy wrappers that clip on the server included. base: identity of the base model, 16
     bytes, as the clients have it. run: names the federation; with the same name clients go on after a server restarts.
-    max_norm: an update with a larger Euclidean norm is refused; None for no limit.
+    max_norm: an update with a larger Euclidean norm is refused; None for no limit. uniform: weigh all clients alike,
+    whatever they report. least: a round with fewer good replies changes nothing. Noise of a privacy wrapper is made for
+    the mean of so many equal parts, so it needs both.
 
     A reply that is stale, damaged, hostile or for another model is left out and counted, by kind of error, in the
     round's metrics: ``fstq-used``, ``fstq-refused``, ``fstq-refused-KIND``, ``fstq-bytes`` (of all messages that came).
@@ -49,16 +51,19 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         budgets: Budgets | None = None,
         run: str | None = None,
         max_norm: float | None = None,
+        uniform: bool = False,
+        least: int = 0,
     ) -> None:
         if len(base) != HASH_BYTES:
             raise OptionError(f"the base model's identity has {len(base)} bytes, expected {HASH_BYTES}")
         self.inner, self.base = inner, base
         self.budgets: Budgets = budgets or UplinkBudgets()
         self.run = run or secrets.token_hex(8)
-        self.max_norm = max_norm
+        self.max_norm, self.uniform, self.least = max_norm, uniform, least
         self.heard: dict[int, int] = {}  # node -> round of its last message that was used, 0 for none
         self.uplinks: dict[int, float] = {}  # node -> bytes per second it has told
         self.refused: Counter[str] = Counter()  # kind of error -> replies, over all rounds
+        self.sent = 0  # bytes of weights in the requests of the last round
         self._arrays: dict[str, Any] = {}
         self._manifest: TensorManifest | None = None
         self._asked: set[int] = set()
@@ -69,6 +74,7 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         self._manifest = TensorManifest.of(self._arrays)
         requests = list(self.inner.configure_train(server_round, arrays, config, grid))
         self._asked = {request.metadata.dst_node_id for request in requests}
+        self.sent = len(requests) * sum(array.nbytes for array in self._arrays.values())
         for request in requests:
             node = request.metadata.dst_node_id
             budget = self.budgets.bytes_for(node, self.uplinks.get(node))
@@ -102,6 +108,10 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         if len(used) < len(read):
             refused["ReplyError"] += len(read) - len(used)
             log.warning("round %d: %d replies have other metrics than most", server_round, len(read) - len(used))
+        if len(used) < self.least:
+            refused["TooFewError"] += len(used)
+            log.warning("round %d: %d good replies, expected %d: not used", server_round, len(used), self.least)
+            used = []
         self.heard |= {reply.metadata.src_node_id: server_round for reply in used}
         self.refused += refused
         arrays, metrics = self.inner.aggregate_train(server_round, [*used, *failed])
@@ -128,6 +138,8 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         if self._manifest is None:
             raise ReplyError("no round was configured. Call configure_train first.")
         metrics = metrics_of(reply.content, self._weight())
+        if self.uniform:
+            metrics[self._weight()] = 1
         delta = decompress(blob, self._manifest, self.base, server_round)
         self._check_norm(delta)
         weights = dict[str, Any]()
