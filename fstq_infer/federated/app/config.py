@@ -14,7 +14,7 @@ from fstq_infer.federated.app.schema import build, choice, number
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[no-redef]
 
 MOST_BYTES = 1 << 20  # of a configuration file
 PRESETS = ("fstq", "top-k", "paper", "lossless")

@@ -33,7 +33,7 @@ def check(config: Config) -> None:
         )
     if config.server.strategy not in MEANS:
         raise PrivacyOrderError(
-            f"Flower adds the noise to what the strategy returns, which is made for a mean, but {config.server.strategy} "
+            f"Flower adds noise that is made for a mean to what the strategy returns, but {config.server.strategy} "
             f"returns something else. Use {' or '.join(MEANS)}."
         )
     if config.server.enough is not None and config.server.enough < config.privacy.clients:

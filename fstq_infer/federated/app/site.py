@@ -94,8 +94,8 @@ class Site:
         index = node.get("partition-id")
         if not isinstance(index, int) or not 0 <= index < clients:
             raise ConfigError(
-                f"[data] partition = {data.partition!a} needs the node's 'partition-id', from 0 to {clients - 1}, found "
-                f"{index!a}. Set it with --node-config, or use partition = 'own'."
+                f"[data] partition = {data.partition!a} needs the node's 'partition-id', from 0 to {clients - 1}, "
+                f"found {index!a}. Set it with --node-config, or use partition = 'own'."
             )
         return [self._rows[i] for i in self._parts[index]]
 
