@@ -12,6 +12,7 @@ from typing import Any
 from fstq_infer.federated.flower import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from fstq_infer.federated.order import check_mods
 from fstq_infer.federated.records import FISHER, arrays_of
+from fstq_infer.federated.tokens import TokenScores
 from fstq_infer.federated.train import Example, LoraTrainer, TrainSettings
 
 
@@ -52,15 +53,21 @@ def train_reply(
     settings: TrainSettings,
     fisher: bool = True,
     seed: int = 0,
+    tokens: TokenScores | None = None,
 ) -> Any:
-    """Train from the message's weights; the reply holds the new ones, metrics, and the Fisher if wanted."""
+    """Train from the message's weights; the reply holds the new ones, metrics, and the Fisher if wanted.
+
+    tokens: this client's token mask, which learns from the round. The metric ``tokens`` is the share that it has left.
+    """
     config: Any = next(iter(message.content.config_records.values()), {})
     held = next(iter(message.content.array_records.items()))
     trainer.load(arrays_of(held[1]))
     node = int(context.node_config.get("partition-id", context.node_id)) % (1 << 63)
     work = replace(settings, proximal=float(config.get("proximal-mu", settings.proximal)))
-    done = trainer.train(rows, work, (seed, node, int(config.get("server-round", 0))))
+    done = trainer.train(rows, work, (seed, node, int(config.get("server-round", 0))), tokens)
     metrics = MetricRecord({"num-examples": done.examples, "loss": done.loss})
+    if tokens is not None:
+        metrics["tokens"] = done.kept
     content = {held[0]: _record(done.arrays), "metrics": metrics}
     if fisher:
         content[FISHER] = _record(done.fisher)

@@ -8,22 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fstq_infer.errors import PrivacyOrderError
+from fstq_infer.errors import OptionError, PrivacyOrderError
 
 CLIPPING_NORM = "clipping_norm"  # in a request: the server adds noise for a bound that clients keep
 CLIPPING = ("fixedclipping_mod", "adaptiveclipping_mod")
 SECURE_SUMS = ("secagg_mod", "secaggplus_mod")
 LOCAL_NOISE = ("LocalDpMod",)
 OURS = ("FstqMod", "fstq_mod")
+FIRST = "DownlinkMod"
 
 
 def check_mods(mods: Sequence[Any], preset: str = "fstq", fisher: bool = False) -> list[Any]:
     """The mods as a list, if what they promise holds together. The first of them is the last to see a reply.
 
-    preset: of fstq_mod. fisher: whether the app returns its parameter Fisher. Raises PrivacyOrderError with the reason.
+    preset: of fstq_mod. fisher: whether the app returns its parameter Fisher. Raises PrivacyOrderError with the reason,
+    and OptionError for a DownlinkMod that is not the first.
     """
     names = [getattr(mod, "__name__", type(mod).__name__) for mod in mods]
     places = [index for index, name in enumerate(names) if name in OURS]
+    if FIRST in names[1:]:
+        raise OptionError(f"{FIRST} is not the first mod, so those before it would see messages in place of weights.")
     if not places:
         return list(mods)
     if len(places) > 1:

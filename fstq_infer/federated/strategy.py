@@ -17,6 +17,7 @@ import numpy as np
 from fstq_infer.errors import FstqError, MessageValueError, OptionError, ReplyError
 from fstq_infer.federated.budget import UplinkBudgets
 from fstq_infer.federated.compress import decompress
+from fstq_infer.federated.downlink import Downlink
 from fstq_infer.federated.flower import Array, ArrayRecord, MetricRecord, RecordDict, Strategy
 from fstq_infer.federated.records import REPORT, Request, arrays_of, unpack
 from fstq_infer.federated.replies import Signature, metrics_of, most_common, signature
@@ -38,7 +39,8 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
     bytes, as the clients have it. run: names the federation; with the same name clients go on after a server restarts.
     max_norm: an update with a larger Euclidean norm is refused; None for no limit. uniform: weigh all clients alike,
     whatever they report. least: a round with fewer good replies changes nothing. Noise of a privacy wrapper is made for
-    the mean of so many equal parts, so it needs both.
+    the mean of so many equal parts, so it needs both. downlink: send changes to clients that run DownlinkMod, in place
+    of all weights; updates are then against what clients hold, and are added to the server's own weights.
 
     A reply that is stale, damaged, hostile or for another model is left out and counted, by kind of error, in the
     round's metrics: ``fstq-used``, ``fstq-refused``, ``fstq-refused-KIND``, ``fstq-bytes`` (of all messages that came).
@@ -53,13 +55,14 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         max_norm: float | None = None,
         uniform: bool = False,
         least: int = 0,
+        downlink: Downlink | None = None,
     ) -> None:
         if len(base) != HASH_BYTES:
             raise OptionError(f"the base model's identity has {len(base)} bytes, expected {HASH_BYTES}")
         self.inner, self.base = inner, base
         self.budgets: Budgets = budgets or UplinkBudgets()
         self.run = run or secrets.token_hex(8)
-        self.max_norm, self.uniform, self.least = max_norm, uniform, least
+        self.max_norm, self.uniform, self.least, self.downlink = max_norm, uniform, least, downlink
         self.heard: dict[int, int] = {}  # node -> round of its last message that was used, 0 for none
         self.uplinks: dict[int, float] = {}  # node -> bytes per second it has told
         self.refused: Counter[str] = Counter()  # kind of error -> replies, over all rounds
@@ -74,7 +77,7 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         self._manifest = TensorManifest.of(self._arrays)
         requests = list(self.inner.configure_train(server_round, arrays, config, grid))
         self._asked = {request.metadata.dst_node_id for request in requests}
-        self.sent = len(requests) * sum(array.nbytes for array in self._arrays.values())
+        self.sent = self._broadcast(requests, self._arrays)
         for request in requests:
             node = request.metadata.dst_node_id
             budget = self.budgets.bytes_for(node, self.uplinks.get(node))
@@ -89,6 +92,8 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         waiting = set(self._asked)
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):  # sums do not depend on arrival
             node = reply.metadata.src_node_id
+            report = None if reply.has_error() else reply.content.config_records.get(REPORT, {}).get("uplink")
+            self._told(reply)
             if reply.has_error():
                 failed.append(reply)
                 refused["ClientError"] += 1
@@ -100,6 +105,8 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
                 blob = unpack(reply.content)
                 size += len(blob)
                 read.append(self._read(reply, blob, server_round))
+                if isinstance(report, float) and 0 < report < float("inf"):
+                    self.uplinks[node] = report
             except FstqError as error:
                 refused[type(error).__name__] += 1
                 log.warning("round %d: reply of node %d is left out: %s", server_round, node, error)
@@ -120,18 +127,45 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         return arrays, MetricRecord({**dict(metrics or {}), **counts, **kinds})
 
     def configure_evaluate(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Iterable[Any]:
-        """The inner strategy's."""
-        requests: Iterable[Any] = self.inner.configure_evaluate(server_round, arrays, config, grid)
+        """The inner strategy's requests; with a downlink they hold what clients lack."""
+        requests = list(self.inner.configure_evaluate(server_round, arrays, config, grid))
+        if requests:
+            self.sent += self._broadcast(requests, arrays_of(arrays))
         return requests
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Any]) -> Any:
         """The inner strategy's."""
+        replies = list(replies)
+        for reply in replies:
+            self._told(reply)
         return self.inner.aggregate_evaluate(server_round, replies)
 
     def summary(self) -> None:
         """Log the settings, and those of the inner strategy."""
         log.info("fstq: messages for base model %s, run %s, %s", self.base.hex(), self.run, self.budgets)
         self.inner.summary()
+
+    def _broadcast(self, requests: list[Any], arrays: dict[str, Any]) -> int:
+        """Put changes in place of weights where there is a downlink; the bytes of all weights and changes."""
+        if self.downlink is None:
+            return len(requests) * sum(int(array.nbytes) for array in arrays.values())
+        self.downlink.advance(arrays, self.base)
+        size = 0
+        for request in requests:
+            node = request.metadata.dst_node_id
+            request.content, part = self.downlink.content_for(node, request.content, self.run)
+            size += part
+        return size
+
+    def _told(self, reply: Any) -> None:
+        """Note the weights that a client says to hold; one that met an error gets all of them next time."""
+        if self.downlink is None:
+            return
+        told = {} if reply.has_error() else reply.content.config_records.get(REPORT, {})
+        self.downlink.heard(reply.metadata.src_node_id, told.get("held"))
+        if not reply.has_error():
+            kept = {name: record for name, record in reply.content.items() if name != REPORT}
+            reply.content = RecordDict(kept)
 
     def _read(self, reply: Any, blob: bytes, server_round: int) -> tuple[Any, Signature]:
         """The reply with absolute weights in place of its message, and what its metrics look like."""
@@ -149,9 +183,6 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
             if not np.isfinite(new).all():
                 raise MessageValueError(f"{name!a} would no longer be finite. Have the client lower its learning rate.")
             weights[name] = Array(new)
-        report = reply.content.config_records.get(REPORT, {}).get("uplink")
-        if isinstance(report, float) and 0 < report < float("inf"):
-            self.uplinks[reply.metadata.src_node_id] = report
         reply.content = RecordDict({"arrays": ArrayRecord(weights), "metrics": metrics})
         return reply, signature(metrics)
 

@@ -11,8 +11,10 @@ from flwr.clientapp import ClientApp
 
 from fstq_infer.errors import OptionError
 from fstq_infer.federated.app.config import from_flower
-from fstq_infer.federated.app.site import Site, at_node
+from fstq_infer.federated.app.site import Site, at_node, client_name
 from fstq_infer.federated.client import evaluate_reply, train_reply
+from fstq_infer.federated.records import Request
+from fstq_infer.federated.tokens import TokenFolder
 
 KEPT = 2  # sites of this process: a model each
 _sites: OrderedDict[str, Site] = OrderedDict()
@@ -32,8 +34,8 @@ def site_of(context: Any) -> Site:
 
 def configured(message: Any, context: Any, call_next: Call) -> Any:
     """A mod that runs those of the configuration, in their order."""
-    call = call_next
-    for mod in reversed(site_of(context).mods(context)):
+    call, training = call_next, message.metadata.message_type.partition(".")[0] == "train"
+    for mod in reversed(site_of(context).mods(context, training)):
         call = _bound(mod, call)
     return call(message, context)
 
@@ -49,10 +51,15 @@ def _make() -> Any:
     def train(message: Any, context: Any) -> Any:
         site = site_of(context)
         rows, _ = site.examples(context)
-        config = site.config
-        return train_reply(message, context, site.trainer(), rows, site.settings(), config.train.fisher)
+        request = Request.of(message.content)
+        tokens = site.tokens(context, request)
+        fisher = site.config.train.fisher
+        reply = train_reply(message, context, site.trainer(), rows, site.settings(), fisher, tokens=tokens)
+        if tokens is not None:
+            TokenFolder(site.memory(context)).save(client_name(context), tokens, request.run, request.round)
+        return reply
 
-    @app.evaluate()  # type: ignore[untyped-decorator]
+    @app.evaluate(mods=[configured])  # type: ignore[untyped-decorator]
     def evaluate(message: Any, context: Any) -> Any:
         site = site_of(context)
         rows = site.examples(context)[1]

@@ -18,7 +18,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 MOST_BYTES = 1 << 20  # of a configuration file
 PRESETS = ("fstq", "top-k", "paper", "lossless")
-DOWNLINKS = ("full", "lossless", "top-k")
+DOWNLINKS = ("full", "fstq", "top-k", "lossless")
 PRIVACY = ("none", "server-fixed", "server-adaptive", "client-fixed", "client-adaptive", "local", "secagg")
 PATHS = (("model", "path"), ("data", "path"), ("output", "folder"), ("client", "memory"))
 SCALARS = (bool, int, float, str)
@@ -81,7 +81,8 @@ class Tokens:
 class Messages:
     """preset: of compress.PRESETS. Uplink budgets: ``bytes`` for all alike, or what ``seconds`` carry at a client's
     reported bytes per second (``assumed`` where it has reported none), from ``lowest`` to ``highest``. downlink: whole
-    weights, or changes since the round that a client holds, in ``downlink_bytes`` where the preset is ``top-k``."""
+    weights, or by a preset what has changed since those that a client holds, in ``downlink_bytes`` but for lossless;
+    a client that has missed more than ``downlink_history`` changes gets whole weights."""
 
     preset: str = choice("fstq", PRESETS)
     bytes: int | None = number(None, least=256)

@@ -14,6 +14,7 @@ from fstq_infer.federated.app.config import Config
 from fstq_infer.federated.app.sinks import Figures, open_sinks
 from fstq_infer.federated.app.site import Site
 from fstq_infer.federated.budget import SameBudget, UplinkBudgets
+from fstq_infer.federated.downlink import Downlink
 from fstq_infer.federated.flower import Array, ArrayRecord
 from fstq_infer.federated.records import arrays_of
 from fstq_infer.federated.server import Report, Rounds, federate
@@ -35,7 +36,16 @@ def strategy_of(config: Config, base: bytes) -> FstqStrategy:
         max_norm=config.messages.max_norm,
         uniform=private,
         least=config.privacy.clients or 0 if private else 0,
+        downlink=downlink_of(config),
     )
+
+
+def downlink_of(config: Config) -> Downlink | None:
+    """[messages] downlink; None where weights are sent whole."""
+    messages = config.messages
+    if messages.downlink == "full":
+        return None
+    return Downlink(messages.downlink, messages.downlink_bytes, messages.downlink_history)
 
 
 def budgets_of(config: Config) -> Budgets:

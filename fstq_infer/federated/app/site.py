@@ -15,8 +15,11 @@ from fstq_infer.federated.app import privacy
 from fstq_infer.federated.app.config import Config
 from fstq_infer.federated.app.text import Texts
 from fstq_infer.federated.data import partition, read
+from fstq_infer.federated.downlink_mod import DownlinkMod
 from fstq_infer.federated.mod import FstqMod
 from fstq_infer.federated.order import check_mods
+from fstq_infer.federated.records import Request
+from fstq_infer.federated.tokens import TokenFolder, TokenScores, TokenSettings
 from fstq_infer.federated.train import Example, LoraTrainer, TrainSettings
 from fstq_infer.lazy import load
 
@@ -68,12 +71,32 @@ class Site:
             train.fisher_decay, train.proximal,
         )  # fmt: skip
 
-    def mods(self, context: Any) -> list[Any]:
-        """Mods of training: fstq_mod, then those of [privacy]."""
+    def memory(self, context: Any) -> Path:
+        """Folder of what a client remembers."""
+        return Path(str(context.node_config.get("fstq-memory", self.config.client.memory)))
+
+    def tokens(self, context: Any, request: Request) -> TokenScores | None:
+        """The client's token scores before a round; None where all tokens count."""
+        tokens = self.config.tokens
+        if tokens.keep >= 1:
+            return None
+        settings = TokenSettings(tokens.keep, tokens.every, tokens.decay)
+        vocabulary = int(self.trainer().model.get_input_embeddings().weight.shape[0])
+        return TokenFolder(self.memory(context)).load(
+            client_name(context), settings, vocabulary, request.run, request.round
+        )
+
+    def mods(self, context: Any, training: bool = True) -> list[Any]:
+        """Mods of training: of the downlink, fstq_mod, then those of [privacy]; evaluation has the first only."""
         client, preset = self.config.client, self.config.messages.preset
-        memory = str(context.node_config.get("fstq-memory", client.memory))
-        ours = FstqMod(self.trainer().identity, memory, preset, client_name(context), _uplink(client.uplink, context))
-        return check_mods([ours, *privacy.mods(self.config)], preset, self.config.train.fisher)
+        first = list[Any]()
+        if self.config.messages.downlink != "full":
+            first = [DownlinkMod(self.trainer().identity, self.memory(context), client_name(context))]
+        if not training:
+            return first
+        speed, name = _uplink(client.uplink, context), client_name(context)
+        ours = FstqMod(self.trainer().identity, self.memory(context), preset, name, speed)
+        return check_mods([*first, ours, *privacy.mods(self.config)], preset, self.config.train.fisher)
 
     def _texts_of_model(self) -> Texts:
         if self._texts is None:
