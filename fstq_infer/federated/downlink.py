@@ -80,17 +80,18 @@ class Downlink:
         self.held: dict[int, int] = {}  # node -> version that it has said to hold
         self._target = self._crc = 0
 
-    def advance(self, arrays: Mapping[str, Any], base: bytes) -> None:
-        """Make the next version, towards ``arrays``; the same arrays again make none. Raises OptionError unless all are
-        float32."""
-        for name, array in arrays.items():
-            if array.dtype != np.float32:
-                raise OptionError(f"{name!a} is {array.dtype}, but compressed downlinks need float32. Send them whole.")
+    def advance(self, given: Mapping[str, Any], base: bytes) -> None:
+        """Make the next version, towards ``given`` in float32; the same arrays again make none. Raises OptionError for
+        integers."""
+        for name, array in given.items():
+            if array.dtype.kind != "f":
+                raise OptionError(f"{name!a} is {array.dtype}, expected floating point. Send such weights whole.")
+        arrays = {name: array.astype(np.float32) for name, array in given.items()}
         target = checksum(arrays)
         if self.version >= 0 and target == self._target:
             return
         if self.version < 0:
-            self.weights = {name: array.copy() for name, array in arrays.items()}
+            self.weights = arrays
         else:
             manifest = TensorManifest.of(self.weights)
             change = {name: array - self.weights[name] for name, array in arrays.items()}

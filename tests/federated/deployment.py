@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import os
@@ -64,6 +65,14 @@ class Deployment:
             str(free_port()), "--node-config", settings,
         )  # fmt: skip
 
+    def restarted(self, name: str, settings: str) -> None:
+        """Start a node again if it has ended, as a service manager would: a SuperLink turns a node away for as long as
+        it takes the killed one for alive."""
+        if name not in self.processes or self.processes[name].poll() is not None:
+            if name in self.processes:
+                self.kill(name)
+            self.supernode(name, settings, register=False)
+
     def flwr(self, *arguments: str) -> str:
         """What a command of the ``flwr`` tool prints."""
         done = subprocess.run(
@@ -75,21 +84,22 @@ class Deployment:
     def kill(self, name: str) -> None:
         """SIGKILL to a process and to those that it has started."""
         process = self.processes.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def log(self, name: str) -> str:
         """What a process has printed so far."""
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
-    def wait(self, until: Callable[[], bool], seconds: float) -> None:
+    def wait(self, until: Callable[[], bool], seconds: float, pause: float = 0.5) -> None:
         """Raises TimeoutError with the ends of all logs."""
         deadline = time.monotonic() + seconds
         while not until():
             if time.monotonic() > deadline:
                 logs = "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
                 raise TimeoutError(logs)
-            time.sleep(0.5)
+            time.sleep(pause)
 
     def _listens(self) -> bool:
         try:
