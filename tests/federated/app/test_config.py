@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("flwr", reason="strategies need the 'federated' extra")
@@ -91,6 +91,7 @@ def test_missing_keys_files_and_changes(tmp_path: Path) -> None:
         load(path, {"server.round": 3})
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=8), st.recursive(st.integers() | st.text() | st.booleans() | st.floats(),
                                                          lambda inner: st.dictionaries(st.text(), inner), max_leaves=5),
                        max_size=4))  # fmt: skip
