@@ -120,6 +120,24 @@ def test_server_side_privacy_wrapper_inside(tmp_path: Path) -> None:
     assert 0 < np.linalg.norm(moved) < 0.0101
 
 
+def test_noise_needs_equal_weights_and_enough_clients(tmp_path: Path) -> None:
+    """uniform: a client that says 4 examples weighs as much as one that says 1; least: a short round is no round."""
+    uniform = FstqStrategy(FedAvg(), BASE, SameBudget(0), uniform=True)
+    found = uniform.start(make_grid(tmp_path / "a"), record(weights()), 1)
+    moved = [MANIFEST.flatten(step(0, client, 1)) for client in range(4)]
+    expected = MANIFEST.flatten(weights()) + np.mean(moved, axis=0, dtype=np.float64)
+    np.testing.assert_allclose(MANIFEST.flatten(arrays_in(found.arrays)), expected, atol=1e-6)
+
+    def fault(reply: Any) -> Any:
+        return None if reply.metadata.src_node_id == 3 and reply.metadata.message_type == "train" else reply
+
+    short = FstqStrategy(FedAvg(fraction_evaluate=0.0), BASE, SameBudget(0), least=4)
+    found = short.start(make_grid(tmp_path / "b", fault=fault), record(weights()), 1)
+    metrics = found.train_metrics_clientapp[1]
+    assert (metrics["fstq-used"], metrics["fstq-refused-TooFewError"]) == (0, 3) and len(found.arrays) == 0
+    assert set(short.heard.values()) == {0}  # clients put their messages back
+
+
 def test_server_side_privacy_wrapper_outside_fails_at_once(tmp_path: Path) -> None:
     """It would clip compressed bytes; their serialization type keeps it from doing so."""
     outer = DifferentialPrivacyServerSideFixedClipping(FstqStrategy(FedAvg(), BASE, SameBudget(600)), 0.0, 0.01, 4)
