@@ -70,8 +70,8 @@ class FstqMod:
         except FstqError as error:
             return _refused(error, message)
         reply = call_next(message, context)
-        if reply.has_error():
-            return reply
+        if reply.has_error():  # Flower's mods answer the app's reply with some errors: no server waits for that
+            return Message(reply.error, reply_to=message)
         try:
             reply.content = self._packed(reply.content, before, request, self._name(context))
         except FstqError as error:

@@ -42,6 +42,11 @@ def check_mods(mods: Sequence[Any], preset: str = "fstq", fisher: bool = False) 
             )
         if name in CLIPPING:
             check_clipping(preset)
+            if fisher:
+                raise PrivacyOrderError(
+                    f"{name} accepts one array record, but the app returns its Fisher beside its weights, so every "
+                    f"reply would be an error. Return no 'fstq-fisher' record."
+                )
         if name in LOCAL_NOISE and fisher:
             raise PrivacyOrderError(
                 f"{name} makes the weights private, but the Fisher that chooses coordinates comes from raw gradients: "

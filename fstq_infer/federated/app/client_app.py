@@ -53,8 +53,7 @@ def _make() -> Any:
         rows, _ = site.examples(context)
         request = Request.of(message.content)
         tokens = site.tokens(context, request)
-        fisher = site.config.train.fisher
-        reply = train_reply(message, context, site.trainer(), rows, site.settings(), fisher, tokens=tokens)
+        reply = train_reply(message, context, site.trainer(), rows, site.settings(), site.fisher, tokens=tokens)
         if tokens is not None:
             TokenFolder(site.memory(context)).save(client_name(context), tokens, request.run, request.round)
         return reply

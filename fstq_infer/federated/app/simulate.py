@@ -64,10 +64,10 @@ def _with_ray(site: Site, resume: bool, progress: Progress | None) -> Any:
     def client(message: Any, context: Any) -> Any:
         from fstq_infer.federated.app import client_app
 
-        context.run_config = settings
-        return client_app.app(message, context)
+        mine = Context(context.run_id, context.node_id, context.node_config, context.state, settings)
+        return client_app.app(message, mine)
 
-    app = ClientApp(mods=[lambda message, context, _: client(message, context)])
+    app = ClientApp()
     app.train()(client)
     app.evaluate()(client)
     run(server, app, site.config.simulation.clients,

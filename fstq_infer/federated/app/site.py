@@ -14,6 +14,7 @@ from fstq_infer.errors import ConfigError, OptionError
 from fstq_infer.federated.app import privacy
 from fstq_infer.federated.app.config import Config
 from fstq_infer.federated.app.text import Texts
+from fstq_infer.federated.compress import PRESETS
 from fstq_infer.federated.data import partition, read
 from fstq_infer.federated.downlink_mod import DownlinkMod
 from fstq_infer.federated.mod import FstqMod
@@ -71,6 +72,11 @@ class Site:
             train.fisher_decay, train.proximal,
         )  # fmt: skip
 
+    @property
+    def fisher(self) -> bool:
+        """Whether clients' apps return their Fisher: where it is wanted, and the preset reads it."""
+        return self.config.train.fisher and PRESETS[self.config.messages.preset][0] in ("fisher", "paper")
+
     def memory(self, context: Any) -> Path:
         """Folder of what a client remembers."""
         return Path(str(context.node_config.get("fstq-memory", self.config.client.memory)))
@@ -96,7 +102,7 @@ class Site:
             return first
         speed, name = _uplink(client.uplink, context), client_name(context)
         ours = FstqMod(self.trainer().identity, self.memory(context), preset, name, speed)
-        return check_mods([*first, ours, *privacy.mods(self.config)], preset, self.config.train.fisher)
+        return check_mods([*first, ours, *privacy.mods(self.config)], preset, self.fisher)
 
     def _texts_of_model(self) -> Texts:
         if self._texts is None:
