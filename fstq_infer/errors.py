@@ -91,6 +91,10 @@ class OptionError(FstqError):
     """An option's name or value is not accepted."""
 
 
+class DataError(FstqError):
+    """A data set cannot be read or divided among clients; the message names file and row."""
+
+
 class DeltaError(FstqError):
     """A delta to be compressed does not fit its manifest, or is not finite; the message names the tensor."""
 
