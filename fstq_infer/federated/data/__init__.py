@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from fstq_infer.federated.data.divide import WAYS, partition
-from fstq_infer.federated.data.read import KINDS, read
+from fstq_infer.federated.data.readers import KINDS, read
 from fstq_infer.federated.data.rows import Row, Rows
 
 __all__ = ["KINDS", "WAYS", "Row", "Rows", "partition", "read"]

@@ -14,7 +14,7 @@ from fstq_infer.lazy import load
 WAYS = ("iid", "natural", "dirichlet")
 ALPHA = 0.1
 LEAST = 2  # rows of a client
-EXTRA, NEEDED = "federated-data", "dividing rows among clients"
+EXTRA, NEEDED = "federated", "dividing rows among clients"
 
 
 def partition(rows: Sequence[Row], clients: int, how: str = "iid", seed: int = 0) -> list[list[int]]:

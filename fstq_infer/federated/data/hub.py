@@ -24,7 +24,7 @@ def hub(path: str) -> Iterator[Row | Bad]:
     found = ID.fullmatch(path)
     if found is None:
         raise DataError(f"{path!a} is no id of a data set, expected OWNER/NAME, OWNER/NAME:CONFIGURATION#SPLIT")
-    fetch = load("datasets:load_dataset", f"reading {path} from the hub", "federated-data")
+    fetch = load("datasets:load_dataset", f"reading {path} from the hub", "federated")
     try:
         rows = fetch(found["id"], found["name"], split=found["split"] or "train")
     except Exception as error:  # whatever the library or the connection raises

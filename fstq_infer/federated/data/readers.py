@@ -1,4 +1,4 @@
-"""Readers of data sets by kind: files to rows. A bad row is skipped and counted, a file that is no data set an error."""
+"""Readers of data sets by kind: files to rows. A bad row is skipped and counted; a file of another kind is an error."""
 
 from __future__ import annotations
 
