@@ -72,7 +72,7 @@ class LoraLlama:
     def train(
         self, start: torch.Tensor, rows: torch.Tensor, work: Work, seed: Any, mask: torch.Tensor | None
     ) -> tuple[Any, Any]:
-        """(delta, mean squared gradients) of one client. rows: (n, length) tokens. mask: 1 where weights are trained."""
+        """(delta, mean squared gradients) of one client. rows: (n, length) tokens. mask: 1 for weights that train."""
         weights = start.clone().requires_grad_()
         first, second, fisher = (torch.zeros(len(start)) for _ in range(3))
         rng, order = np.random.default_rng(seed), np.empty(0, np.int64)
@@ -130,17 +130,19 @@ class LoraLlama:
 
     def _merged(self, weights: torch.Tensor) -> list[list[torch.Tensor]]:
         parts = iter(weights.split(self.sizes))
-        return [
-            [
-                torch.addmm(weight, *reversed([next(parts).view(self.rank, -1), next(parts).view(-1, self.rank)]), alpha=self.scale)
-                for weight in layer
-            ]
-            for layer in self.layers
-        ]  # fmt: skip
+        merged: list[list[torch.Tensor]] = []
+        for layer in self.layers:
+            merged.append([])
+            for weight in layer:
+                a, b = next(parts).view(self.rank, -1), next(parts).view(-1, self.rank)
+                merged[-1].append(torch.addmm(weight, b, a, alpha=self.scale))
+        return merged
 
     def _check(self, model: Any) -> None:
         ids = torch.randint(3, len(self.embedding), (2, 48), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             error = float((self.logits(ids, self.layers) - model(ids).logits.flatten(0, 1)).abs().max())
         if error > TOLERANCE:
-            raise SystemExit(f"logits differ from those of Transformers by {error:.2g}: this benchmark reads Llama only")
+            raise SystemExit(
+                f"logits differ from those of Transformers by {error:.2g}: this benchmark reads Llama only"
+            )

@@ -1,4 +1,4 @@
-"""Ways to send an update, as bench/federated.py compares them: each makes real messages, of the bytes it is charged for."""
+"""Ways to send an update, as bench/federated.py compares them: each is charged for the bytes of real messages."""
 
 from __future__ import annotations
 
@@ -109,8 +109,7 @@ METHODS: dict[str, Method] = {
     "top-k-2": Method(composed(sparse(0.02, "lloyd2", True)), "top 2 % with error feedback"),
     "paper": Method(composed(preset("paper")), "Fed-FSTQ's rule (arXiv 2604.25421)"),
     "fstq": Method(composed(preset("fstq"), budget=1400), "Fisher, water-filling, error feedback; 1,400 bytes"),
-    "mosaic": Method(tiles(1400), "mosaic, B only, server momentum; 1,400 bytes", "B", 0.7, 0.5),
-    "mosaic-plain": Method(tiles(1400), "mosaic, B only, no momentum; 1,400 bytes", "B"),
-    "mosaic-ab": Method(tiles(1400), "mosaic, A and B, server momentum; 1,400 bytes", "AB", 0.7, 0.5),
-    "mosaic-2800": Method(tiles(2800), "mosaic, B only, server momentum; 2,800 bytes", "B", 0.7, 0.5),
+    "mosaic": Method(tiles(2100), "mosaic, B only, 2,100 bytes, server momentum 0.3", "B", 0.3),
+    "mosaic-1400": Method(tiles(1400), "mosaic, B only, 1,400 bytes", "B"),
+    "mosaic-ab": Method(tiles(2100), "mosaic, A and B, 2,100 bytes, server momentum 0.3", "AB", 0.3),
 }  # fmt: skip

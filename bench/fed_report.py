@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -43,8 +44,8 @@ def report(folder: Path) -> None:
 
 
 def reached(rounds: Sequence[Mapping[str, Any]], loss: float) -> dict[str, float] | None:
-    """Rounds, bytes, seconds and joules until a loss is reached for the first time; between evaluations interpolated."""
-    for before, after in zip(rounds, rounds[1:], strict=False):
+    """Rounds, bytes, seconds and joules until a loss is first reached; interpolated between evaluations."""
+    for before, after in itertools.pairwise(rounds):
         if after["loss"] <= loss:
             share = (before["loss"] - loss) / (before["loss"] - after["loss"])
             at = {name: before[name] + share * (after[name] - before[name]) for name in FIGURES[1:]}

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from common import RESULTS, shared
+from fed_llama import LoraLlama, Work
 from fed_methods import METHODS, Part, Sending
 from fed_report import report
 from fed_tasks import Task, load
-from fed_llama import LoraLlama, Work
-
-import torch
 
 from fstq_infer.atomic import replace_file
 from fstq_infer.federated.feedback import State
@@ -145,7 +144,9 @@ def _begin(path: Path, model: LoraLlama, task: Task, setting: Setting) -> tuple[
         record = json.loads(path.read_text(encoding="utf-8"))
         with np.load(saved, allow_pickle=False) as arrays:
             if int(arrays["rounds"]) == len(record["rounds"]):
-                states = {int(key[1:]): State(arrays[key]) for key in arrays if key.startswith("r") and key[1:].isdigit()}
+                states = {
+                    int(key[1:]): State(arrays[key]) for key in arrays if key.startswith("r") and key[1:].isdigit()
+                }
                 return record, Server(torch.from_numpy(arrays["weights"]), arrays["velocity"], states)
     weights = model.start(setting.seed)
     first = {"round": 0, "loss": round(model.evaluate(weights, task.held_out), 5), "bytes": 0, "seconds": 0.0}
@@ -157,7 +158,9 @@ def _save(path: Path, record: dict[str, Any], server: Server) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     residuals = {f"r{client}": state.residual for client, state in server.states.items() if state.residual is not None}
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, rounds=len(record["rounds"]), weights=server.weights.numpy(), velocity=server.velocity, **residuals)
+    np.savez(
+        partial, rounds=len(record["rounds"]), weights=server.weights.numpy(), velocity=server.velocity, **residuals
+    )
     partial.replace(path.with_suffix(".npz"))
     replace_file(path, json.dumps(record).encode())
 
@@ -175,7 +178,9 @@ def main() -> None:
     parser.add_argument("--task", default="medquad,xquad")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", default=",".join(map(str, RATES)), help="of which each method takes its best on seed 0")
+    parser.add_argument(
+        "--rates", default=",".join(map(str, RATES)), help="of which each method takes its best on seed 0"
+    )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--clients", type=int, default=20)
