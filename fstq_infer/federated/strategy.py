@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fstq_infer.errors import FstqError, MessageValueError, OptionError, ReplyError
+from fstq_infer.errors import FstqError, MessageValueError, OptionError, PrivacyOrderError, ReplyError
+from fstq_infer.federated import message, mosaic
 from fstq_infer.federated.budget import UplinkBudgets
-from fstq_infer.federated.compress import decompress
 from fstq_infer.federated.downlink import Downlink
 from fstq_infer.federated.flower import Array, ArrayRecord, MetricRecord, RecordDict, Strategy
 from fstq_infer.federated.records import REPORT, Request, arrays_of, unpack
@@ -70,6 +70,8 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         self._arrays: dict[str, Any] = {}
         self._manifest: TensorManifest | None = None
         self._asked: set[int] = set()
+        self._tiles: dict[int, mosaic.Tile] = {}  # node -> what a mosaic message of this round holds
+        self._parts: dict[int, mosaic.Part] = {}  # node -> what it sent
 
     def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Iterable[Any]:
         """The inner strategy's requests, each with what one client needs to compress its reply."""
@@ -77,11 +79,12 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         self._manifest = TensorManifest.of(self._arrays)
         requests = list(self.inner.configure_train(server_round, arrays, config, grid))
         self._asked = {request.metadata.dst_node_id for request in requests}
-        self.sent = self._broadcast(requests, self._arrays)
-        for request in requests:
+        self.sent, self._tiles = self._broadcast(requests, self._arrays), {}
+        for slot, request in enumerate(requests):
             node = request.metadata.dst_node_id
             budget = self.budgets.bytes_for(node, self.uplinks.get(node))
-            mine = Request(self.run, server_round, self.heard.get(node, -1), budget)
+            mine = Request(self.run, server_round, self.heard.get(node, -1), budget, slot, len(requests))
+            self._tiles[node] = mosaic.Tile.within(self._manifest, server_round, slot, len(requests), budget or None)
             self.heard.setdefault(node, 0)
             request.content = mine.into(request.content)
         return requests
@@ -89,7 +92,7 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
     def aggregate_train(self, server_round: int, replies: Iterable[Any]) -> tuple[Any, Any]:
         """What the inner strategy makes of all replies that can be read; its metrics, and ours."""
         failed, read, refused, size = list[Any](), list[tuple[Any, Signature]](), Counter[str](), 0
-        waiting = set(self._asked)
+        waiting, self._parts = set(self._asked), {}
         for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):  # sums do not depend on arrival
             node = reply.metadata.src_node_id
             report = None if reply.has_error() else reply.content.config_records.get(REPORT, {}).get("uplink")
@@ -119,6 +122,7 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
             refused["TooFewError"] += len(used)
             log.warning("round %d: %d good replies, expected %d: not used", server_round, len(used), self.least)
             used = []
+        self._complete(used)
         self.heard |= {reply.metadata.src_node_id: server_round for reply in used}
         self.refused += refused
         arrays, metrics = self.inner.aggregate_train(server_round, [*used, *failed])
@@ -174,22 +178,52 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         metrics = metrics_of(reply.content, self._weight())
         if self.uniform:
             metrics[self._weight()] = 1
-        delta = decompress(blob, self._manifest, self.base, server_round)
-        self._check_norm(delta)
+        node = reply.metadata.src_node_id
+        part = self._part(node, blob, self._manifest, server_round, float(metrics[self._weight()]))
+        (delta,) = mosaic.complete([part], self._manifest.parameters)
+        arrays = self._absolute(delta, self._manifest)
+        self._parts[node] = part
+        reply.content = RecordDict({"arrays": arrays, "metrics": metrics})
+        return reply, signature(metrics)
+
+    def _part(self, node: int, blob: bytes, manifest: TensorManifest, server_round: int, weight: float) -> mosaic.Part:
+        """What a message says, of all coordinates or of a tile."""
+        if not mosaic.is_tile(blob, manifest):
+            whole = message.dense(message.decode(blob, manifest, self.base, server_round), manifest)
+            return mosaic.Part(whole, None, weight)
+        if hasattr(self.inner, "strategy"):
+            raise PrivacyOrderError(
+                f"{type(self.inner).__name__} bounds what each reply can change, but mosaic messages are completed "
+                f"from each other, so one client would have a part in several. Use another preset."
+            )
+        indices, values = mosaic.decompress(blob, manifest, self.base, self._tiles[node])
+        return mosaic.Part(values, indices, weight)
+
+    def _absolute(self, flat: Any, manifest: TensorManifest) -> Any:
+        """An ArrayRecord of the weights that the round began with, plus a delta. Raises MessageValueError."""
+        self._check_norm(flat)
         weights = dict[str, Any]()
-        for name, old in self._arrays.items():
+        for name, delta in manifest.unflatten(flat).items():
+            old = self._arrays[name]
             with np.errstate(over="ignore"):
-                new = (old.astype(np.float32) + delta[name]).astype(old.dtype)
+                new = (old.astype(np.float32) + delta).astype(old.dtype)
             if not np.isfinite(new).all():
                 raise MessageValueError(f"{name!a} would no longer be finite. Have the client lower its learning rate.")
             weights[name] = Array(new)
-        reply.content = RecordDict({"arrays": ArrayRecord(weights), "metrics": metrics})
-        return reply, signature(metrics)
+        return ArrayRecord(weights)
 
-    def _check_norm(self, delta: dict[str, Any]) -> None:
+    def _complete(self, used: list[Any]) -> None:
+        """Fill what clients with mosaic messages left to others."""
+        parts = [self._parts[reply.metadata.src_node_id] for reply in used]
+        if self._manifest is None or all(part.indices is None for part in parts):
+            return
+        for reply, whole in zip(used, mosaic.complete(parts, self._manifest.parameters), strict=True):
+            reply.content = RecordDict({**dict(reply.content.items()), "arrays": self._absolute(whole, self._manifest)})
+
+    def _check_norm(self, delta: Any) -> None:
         if self.max_norm is None:
             return
-        norm = math.sqrt(sum(float(np.square(values, dtype=np.float64).sum()) for values in delta.values()))
+        norm = math.sqrt(float(np.square(delta, dtype=np.float64).sum()))
         if norm > self.max_norm:
             raise MessageValueError(
                 f"the update has norm {norm:.3g}, expected at most {self.max_norm:.3g}. Look into this client's "

@@ -84,14 +84,31 @@ class LoraTrainer:
     """A causal language model of Transformers with a LoRA adapter that is trained in float32.
 
     model: in float32 or bfloat16, where it stays; its own weights are frozen. Arrays are named as in PEFT's files.
+    factors: ``AB``, or ``B`` to train and exchange B only (FFA-LoRA, arXiv 2403.12313): half the weights. A is then
+    what torch's random numbers give at this point, and a part of the identity: all clients have to seed them alike.
     """
 
-    def __init__(self, model: Any, rank: int = 8, alpha: int = 16, targets: str | list[str] = LINEARS) -> None:
+    def __init__(
+        self,
+        model: Any,
+        rank: int = 8,
+        alpha: int = 16,
+        targets: str | list[str] = LINEARS,
+        factors: str = "AB",
+    ) -> None:
+        if factors not in ("AB", "B"):
+            raise OptionError(f"factors to train are {factors!a}, expected 'AB' or 'B'")
         if (dtype := next(model.parameters()).dtype) not in (torch.float32, torch.bfloat16):
             raise OptionError(f"the model is in {dtype}, expected float32 or bfloat16. Load it with dtype='bfloat16'.")
         self.identity = identity(model)
         lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
         self.model = get_peft_model(model, lora)
+        if factors == "B":
+            fixed = {name: weight for name, weight in self.model.named_parameters() if ".lora_A." in name}
+            for weight in fixed.values():
+                weight.requires_grad_(False)
+                weight.data = weight.data.float()
+            self.identity = _digest(fixed, self.identity)
         self._trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         for weight in self._trained:
             weight.data = weight.data.float()
@@ -215,13 +232,17 @@ class LoraTrainer:
         """Parameters by their names in PEFT's files."""
         weights: dict[str, Any] = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         own = {weight.data_ptr(): weight for weight in self._trained}
-        return [(name, own[weight.data_ptr()]) for name, weight in weights.items()]
+        return [(name, own[weight.data_ptr()]) for name, weight in weights.items() if weight.data_ptr() in own]
 
 
 def identity(model: Any) -> bytes:
     """16 bytes that stand for a model's weights: names, types, shapes and values of its state."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    return _digest(model.state_dict())
+
+
+def _digest(tensors: Mapping[str, Any], before: bytes = b"") -> bytes:
+    digest = hashlib.sha256(before)
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()[:HASH_BYTES]

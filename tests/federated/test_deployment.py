@@ -23,12 +23,14 @@ NODES, ROUNDS = 3, 3
 
 
 def write_app(folder: Path) -> Path:
-    new(folder / "app", model=str(save_model(folder / "model")), data=str(save_rows(folder / "rows.jsonl")))
+    for node in range(NODES):
+        save_rows(folder / f"rows-{node}.jsonl", 16)
+    new(folder / "app", model=str(save_model(folder / "model")), data=str(folder / "rows-{client}.jsonl"))
     project = folder / "app/pyproject.toml"
     text = project.read_text(encoding="utf-8")
     for old, fresh in (
         ("rounds = 10", f"rounds = {ROUNDS}\ntimeout = 300.0"),
-        ("clients = 4", f"clients = {NODES}"),
+        ('partition = "iid"', 'partition = "own"'),
         ('"federation-out"', f'"{folder}/out"'),
         (
             "fraction_train = 1.0",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,10 +266,11 @@ def test_requests_carry_what_each_client_needs() -> None:
     strategy.heard, strategy.uplinks = {2: 4}, {2: 20_000.0, 3: 9e9}
     requests = strategy.configure_train(5, record(weights()), ConfigRecord({"lr": 0.1}), LocalGrid(lambda *_: None, 3))
     found = {request.metadata.dst_node_id: Request.of(request.content) for request in requests}
-    assert found == {
-        2: Request("run", 5, 4, 40_000 - OVERHEAD),
-        3: Request("run", 5, -1, 4000 - OVERHEAD),
-        4: Request("run", 5, -1, 10_000 - OVERHEAD),
+    assert sorted(request.slot for request in found.values()) == [0, 1, 2]
+    assert {node: replace(request, slot=0) for node, request in found.items()} == {
+        2: Request("run", 5, 4, 40_000 - OVERHEAD, slots=3),
+        3: Request("run", 5, -1, 4000 - OVERHEAD, slots=3),
+        4: Request("run", 5, -1, 10_000 - OVERHEAD, slots=3),
     }
     assert all(request.content["config"]["lr"] == 0.1 for request in requests)
 

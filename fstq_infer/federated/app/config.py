@@ -17,7 +17,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
 MOST_BYTES = 1 << 20  # of a configuration file
-PRESETS = ("fstq", "top-k", "paper", "lossless")
+PRESETS = ("fstq", "mosaic", "top-k", "paper", "lossless")
 DOWNLINKS = ("full", "fstq", "top-k", "lossless")
 PRIVACY = ("none", "server-fixed", "server-adaptive", "client-fixed", "client-adaptive", "local", "secagg")
 PATHS = (("model", "path"), ("data", "path"), ("output", "folder"), ("client", "memory"))
@@ -27,12 +27,13 @@ SCALARS = (bool, int, float, str)
 @dataclass(frozen=True, slots=True)
 class Model:
     """path: folder of a Hugging Face causal language model. targets: ``all-linear``, or module names with commas.
-    four_bit: load the base model in 4 bits (bitsandbytes)."""
+    factors: ``B`` trains and exchanges B only. four_bit: load the base model in 4 bits (bitsandbytes)."""
 
     path: str
     rank: int = number(8, least=1, most=4096)
     alpha: int = number(16, least=1)
     targets: str = "all-linear"
+    factors: str = choice("AB", ("AB", "B"))
     dtype: str = choice("float32", ("float32", "bfloat16"))
     four_bit: bool = False
     device: str = "cpu"

@@ -27,6 +27,11 @@ def check(config: Config) -> None:
         )
     if not central(config):
         return
+    if messages.preset == "mosaic":
+        raise PrivacyOrderError(
+            "the server clips each reply, but mosaic messages are completed from each other, so one client would have "
+            "a part in several. Use another [messages] preset."
+        )
     if config.privacy.clients is None:
         raise OptionError(
             f"[privacy] kind {kind!a} needs 'clients', how many a round draws: the noise of their mean depends on it."

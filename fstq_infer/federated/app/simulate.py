@@ -23,13 +23,14 @@ def simulate(config: Config, resume: bool = False, progress: Progress | None = N
     settings, clients = config.flat(), config.simulation.clients
     site = client_app.site_of(_context(settings, 0, clients))  # the clients' own: one model in memory
     check_data(site, clients)
+    site.mods(_context(settings, 0, clients))  # what is wrong with them is said before the first round
     if config.simulation.grid == "ray":
         return _with_ray(site, resume, progress)
     return serve(site, LocalGrid(client_app.app, clients, settings), resume, progress)
 
 
 def check_data(site: Site, clients: int) -> None:
-    """Raises OptionError where the data cannot be read, or no client has any; logs how many have none."""
+    """Raises OptionError or DataError where the data cannot be read, or no client has any; logs how many have none."""
     settings, empty, first = site.config.flat(), 0, ""
     for index in range(clients if site.config.data.partition != "own" else 1):
         try:

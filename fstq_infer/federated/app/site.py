@@ -49,7 +49,9 @@ class Site:
                 targets = [name.strip() for name in described.targets.split(",")]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(described.seed)
-                self._trainer = LoraTrainer(_model(self.config), described.rank, described.alpha, targets)
+                self._trainer = LoraTrainer(
+                    _model(self.config), described.rank, described.alpha, targets, described.factors
+                )
         return self._trainer
 
     def examples(self, context: Any) -> tuple[list[Example], list[Example]]:
@@ -75,7 +77,7 @@ class Site:
     @property
     def fisher(self) -> bool:
         """Whether clients' apps return their Fisher: where it is wanted, and the preset reads it."""
-        return self.config.train.fisher and PRESETS[self.config.messages.preset][0] in ("fisher", "paper")
+        return self.config.train.fisher and PRESETS.get(self.config.messages.preset, ("",))[0] in ("fisher", "paper")
 
     def memory(self, context: Any) -> Path:
         """Folder of what a client remembers."""
@@ -107,6 +109,7 @@ class Site:
     def _texts_of_model(self) -> Texts:
         if self._texts is None:
             data = self.config.data
+            _check_folder(self.config.model.path)
             self._texts = Texts.of(self.config.model.path, data.max_tokens, data.learn == "all")
         return self._texts
 
@@ -152,8 +155,7 @@ def _read(kind: str, path: str) -> list[Any]:
 def _model(config: Config) -> Any:
     """The base model. Raises OptionError where there is none."""
     model = config.model
-    if not Path(model.path).is_dir():
-        raise OptionError(f"[model] path: there is no folder {model.path}. Name a model's folder.")
+    _check_folder(model.path)
     options: dict[str, Any] = {"dtype": model.dtype, "local_files_only": True, "use_safetensors": True}
     if model.four_bit:
         bits = load("transformers:BitsAndBytesConfig", "[model] four_bit", "federated")
@@ -168,6 +170,11 @@ def _model(config: Config) -> Any:
     except (OSError, ValueError) as error:
         raise OptionError(f"[model] path {model.path} cannot be loaded: {error}") from error
     return found if model.four_bit else found.to(model.device)
+
+
+def _check_folder(path: str) -> None:
+    if not Path(path).is_dir():
+        raise OptionError(f"[model] path: there is no folder {path}. Name a model's folder.")
 
 
 def _uplink(setting: str, context: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("flwr", reason="a federation needs the 'federated' extra")
+pytest.importorskip("flwr_datasets", reason="dividing rows needs the 'federated' extra")
 pytest.importorskip("constriction", reason="messages need the 'federated' extra")
 pytest.importorskip("peft", reason="training needs the 'federated' extra")
 pytest.importorskip("transformers", reason="training needs the 'federated' extra")
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from fstq_infer.cli import app as cli
 from fstq_infer.cli import main
-from fstq_infer.errors import ConfigError, OptionError, PrivacyOrderError, StateError
+from fstq_infer.errors import ConfigError, DataError, OptionError, PrivacyOrderError, StateError
 from fstq_infer.federated.app import privacy, server
 from fstq_infer.federated.app.client_app import site_of
 from fstq_infer.federated.app.command import new, run
@@ -70,6 +71,7 @@ def test_learns_and_saves_adapters_that_peft_loads(site: Path, tmp_path: Path) -
     "more",
     [
         {},
+        {"messages__preset": "mosaic", "model__factors": "B"},
         {"tokens__keep": 0.5, "tokens__every": 2, "messages__downlink": "fstq", "messages__downlink_bytes": 900},
         {"messages__preset": "top-k", "messages__downlink": "lossless", "server__strategy": "FedAvgM",
          "strategy__server_momentum": 0.5},
@@ -133,6 +135,7 @@ def test_sound_privacy_runs(site: Path, tmp_path: Path, kind: str) -> None:
         ({"privacy.kind": "secagg"}, PrivacyOrderError, "masked"),
         ({"privacy.kind": "client-fixed", "privacy.clients": 3}, PrivacyOrderError, "error feedback"),
         ({"privacy.kind": "local"}, PrivacyOrderError, "fisher = false"),
+        ({"privacy.kind": "server-fixed", "messages.preset": "mosaic"}, PrivacyOrderError, "completed from each other"),
         ({"privacy.kind": "server-fixed"}, OptionError, "needs 'clients'"),
         ({"privacy.kind": "server-fixed", "privacy.clients": 3, "server.strategy": "FedMedian"}, PrivacyOrderError,
          "made for a mean"),
@@ -153,10 +156,10 @@ def test_unsound_privacy_is_refused_before_anything_runs(
 def test_what_a_user_is_told(site: Path, tmp_path: Path) -> None:
     for key, value, kind, match in (
         ("model__path", str(tmp_path / "none"), OptionError, "there is no folder"),
-        ("data__path", str(tmp_path / "none.jsonl"), OptionError, "there is no file"),
-        ("data__kind", "csvv", OptionError, "data kind"),
-        ("data__partition", "iidd", OptionError, "to share rows"),
-        ("client__uplink", "fast", StateError, "ClientError 9"),
+        ("data__path", str(tmp_path / "none.jsonl"), DataError, "none.jsonl"),
+        ("data__kind", "csvv", DataError, "csvv"),
+        ("data__partition", "iidd", DataError, "iidd"),
+        ("client__uplink", "fast", OptionError, "numbers with commas"),
     ):
         with pytest.raises(kind, match=match):
             start(site, tmp_path / key, **{key: value})
