@@ -49,8 +49,7 @@ def test_a_node_is_killed_and_restarted_in_the_middle_of_a_run(tmp_path: Path) -
     with Deployment(tmp_path) as deployed:
         deployed.superlink()
         settings = [
-            f"partition-id={node} num-partitions={NODES} fstq-uplink={20_000 * (node + 1)} "
-            f'fstq-memory="{tmp_path}/memory{node}"'
+            f'client-id="{node}" fstq-uplink={20_000 * (node + 1)} fstq-memory="{tmp_path}/memory{node}"'
             for node in range(NODES)
         ]
         for node in range(NODES):

@@ -21,6 +21,7 @@ PRESETS = ("fstq", "mosaic", "top-k", "paper", "lossless")
 DOWNLINKS = ("full", "fstq", "top-k", "lossless")
 PRIVACY = ("none", "server-fixed", "server-adaptive", "client-fixed", "client-adaptive", "local", "secagg")
 PATHS = (("model", "path"), ("data", "path"), ("output", "folder"), ("client", "memory"))
+DEFAULTS = {"client": "client-state", "output": "federation-out"}
 SCALARS = (bool, int, float, str)
 
 
@@ -115,7 +116,7 @@ class Client:
     """What may differ from client to client: a SuperNode's --node-config goes before it (``fstq-memory``,
     ``fstq-uplink``, ``fstq-data``, ``fstq-model``). uplink: bytes per second; several with commas go round."""
 
-    memory: str = "client-state"
+    memory: str = DEFAULTS["client"]
     uplink: str = ""
 
 
@@ -146,7 +147,7 @@ class Output:
     """folder: of checkpoint, log and adapters. save_every: rounds between two adapters; 0: the last one only. sinks:
     besides the JSON lines: tensorboard, wandb, mlflow, with commas."""
 
-    folder: str = "federation-out"
+    folder: str = DEFAULTS["output"]
     save_every: int = number(5, least=0)
     sinks: str = ""
     project: str = "fstq"
@@ -181,7 +182,7 @@ class Config:
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
     """Read a TOML file: its tables, or ``[tool.flwr.app.config]`` of a pyproject.toml. Relative paths are from there.
 
-    changes: ``section.key`` to value, in place of the file's. Raises ConfigError with file and key.
+    changes: ``section.key`` to value, in place of the file's, with paths as they are. Raises ConfigError with file and key.
     """
     path = Path(path)
     try:
@@ -202,7 +203,9 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
             tables = tables.get(key, {}) if isinstance(tables, dict) else {}
     merged = {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
     for section, key in PATHS:
-        held = merged.get(section)
+        held = merged.setdefault(section, {})
+        if isinstance(held, dict) and section in DEFAULTS:
+            held.setdefault(key, DEFAULTS[section])
         if isinstance(held, dict) and isinstance(held.get(key), str):
             held[key] = str(path.parent / held[key])
     for section, table in nested(changes or {}, "--set").items():

@@ -27,7 +27,12 @@ def write(folder: Path, text: str, name: str = "fed.toml") -> Path:
 def test_defaults_and_paths_from_the_files_folder(tmp_path: Path) -> None:
     config = load(write(tmp_path, LEAST + "[output]\nfolder = '/abs/out'\n"))
     assert config.model.path == str(tmp_path / "m") and config.data.path == str(tmp_path / "d.jsonl")
-    assert config.output.folder == "/abs/out" and config.messages.preset == "fstq" and config.server.rounds == 10
+    assert (
+        config.client.memory == str(tmp_path / "client-state")
+        and config.output.folder == "/abs/out"
+        and config.messages.preset == "fstq"
+        and config.server.rounds == 10
+    )
 
 
 def test_flowers_run_configuration_gives_the_same(tmp_path: Path) -> None:
