@@ -13,10 +13,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fstq_infer.errors import OptionError
 from fstq_infer.federated.app import privacy
-from fstq_infer.federated.app.config import Config, load, parse_change
+from fstq_infer.federated.app.config import Config, load
 from fstq_infer.federated.app.server import ADAPTER
 from fstq_infer.federated.app.simulate import simulate
 from fstq_infer.federated.app.sinks import Figures, names_of, read_lines
+from fstq_infer.federated.app.tables import parse_change
 from fstq_infer.lazy import load as load_name
 
 out = Console(highlight=False, markup=False, soft_wrap=True)

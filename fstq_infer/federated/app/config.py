@@ -10,13 +10,8 @@ from typing import Any
 
 from fstq_infer.errors import ConfigError
 from fstq_infer.federated.app.schema import build, choice, number
+from fstq_infer.federated.app.tables import nested, read_toml
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib  # type: ignore[no-redef]
-
-MOST_BYTES = 1 << 20  # of a configuration file
 PRESETS = ("fstq", "mosaic", "top-k", "paper", "lossless")
 DOWNLINKS = ("full", "fstq", "top-k", "lossless")
 PRIVACY = ("none", "server-fixed", "server-adaptive", "client-fixed", "client-adaptive", "local", "secagg")
@@ -182,20 +177,11 @@ class Config:
 def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
     """Read a TOML file: its tables, or ``[tool.flwr.app.config]`` of a pyproject.toml. Relative paths are from there.
 
-    changes: ``section.key`` to value, in place of the file's, with paths as they are. Raises ConfigError with file and key.
+    changes: ``section.key`` to value, in place of the file's, with paths as they are. Raises ConfigError with file and
+    key.
     """
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}. Name a TOML file.") from error
-    if len(content) > MOST_BYTES:
-        raise ConfigError(f"{path} has more than {MOST_BYTES} bytes, expected a configuration.")
-    try:
-        tables: Any = tomllib.loads(content.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    tables: Any = read_toml(path)
     where = str(path)
     if path.name == "pyproject.toml":
         where = f"{path}: [tool.flwr.app.config]"
@@ -216,29 +202,6 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
 def from_flower(settings: Mapping[str, Any]) -> Config:
     """From a run configuration (Context.run_config). Raises ConfigError."""
     return _checked(nested(settings, "the run's configuration"), "[tool.flwr.app.config]")
-
-
-def nested(settings: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """Tables of ``section.key`` names. Raises ConfigError for a name without a section."""
-    tables: dict[str, dict[str, Any]] = {}
-    for name, value in settings.items():
-        section, dot, key = name.partition(".")
-        if not dot:
-            known = [field.name for field in dataclasses.fields(Config)]
-            raise ConfigError(f"{where} has {name!a}, expected SECTION.KEY; sections: {', '.join(known)}")
-        tables.setdefault(section, {})[key] = value
-    return tables
-
-
-def parse_change(text: str) -> tuple[str, Any]:
-    """(``section.key``, value) of ``section.key=value``; the value is TOML, or else text."""
-    name, sign, value = text.partition("=")
-    if not sign or "." not in name:
-        raise ConfigError(f"--set {text!a}, expected SECTION.KEY=VALUE, such as server.rounds=20")
-    try:
-        return name.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return name.strip(), value.strip()
 
 
 def _checked(tables: Mapping[str, Any], where: str) -> Config:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 pytest.importorskip("flwr", reason="strategies need the 'federated' extra")
 
 from fstq_infer.errors import ConfigError
-from fstq_infer.federated.app.config import from_flower, load, nested, parse_change
+from fstq_infer.federated.app.config import from_flower, load
 from fstq_infer.federated.app.inner import STRATEGIES, make
+from fstq_infer.federated.app.tables import nested, parse_change
 
 LEAST = "[model]\npath = 'm'\n[data]\npath = 'd.jsonl'\n"
 
@@ -27,12 +28,8 @@ def write(folder: Path, text: str, name: str = "fed.toml") -> Path:
 def test_defaults_and_paths_from_the_files_folder(tmp_path: Path) -> None:
     config = load(write(tmp_path, LEAST + "[output]\nfolder = '/abs/out'\n"))
     assert config.model.path == str(tmp_path / "m") and config.data.path == str(tmp_path / "d.jsonl")
-    assert (
-        config.client.memory == str(tmp_path / "client-state")
-        and config.output.folder == "/abs/out"
-        and config.messages.preset == "fstq"
-        and config.server.rounds == 10
-    )
+    assert config.client.memory == str(tmp_path / "client-state") and config.output.folder == "/abs/out"
+    assert config.messages.preset == "fstq" and config.server.rounds == 10
 
 
 def test_flowers_run_configuration_gives_the_same(tmp_path: Path) -> None:
