@@ -40,7 +40,7 @@ test-all: lint
 # Flower comes from an environment of its own, torch, Transformers and PEFT from the other one.
 $(FED_STAMP): $(STAMP)
 	$(PYTHON) -m venv $(FED)
-	$(FED)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) flwr
+	$(FED)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) flwr flwr-datasets
 	base=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  own=$$($(FED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  echo "import site; site.addsitedir('$$base')" > "$$own/zz-base.pth"

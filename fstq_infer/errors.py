@@ -91,6 +91,14 @@ class OptionError(FstqError):
     """An option's name or value is not accepted."""
 
 
+class ConfigError(OptionError):
+    """A configuration has an unknown key or a bad value; the message names file and key."""
+
+
+class DataError(FstqError):
+    """A data set cannot be read or divided among clients; the message names file and row."""
+
+
 class DeltaError(FstqError):
     """A delta to be compressed does not fit its manifest, or is not finite; the message names the tensor."""
 

@@ -22,6 +22,7 @@ from fstq_infer.federated.strategy import FstqStrategy
 VERSION = 1
 SCALARS = ("clipping_norm",)  # numbers that strategies change from round to round
 HISTORIES = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
+DOWNLINK = "downlink"  # kind of the arrays of a Downlink
 MODEL = -1  # level of the model's arrays; the strategies' are 0, 1, ... from the outermost one
 
 
@@ -49,6 +50,8 @@ def save(path: Path, strategy: Any, progress: Progress, seed: int) -> None:
             entries += [(level, name, kind, key, array) for kind, key, array in _arrays_in(value)]
             if name in SCALARS:
                 scalars.append((level, name, float(value)))
+        if isinstance(part, FstqStrategy) and part.downlink is not None:
+            entries += [(level, "downlink", DOWNLINK, key, array) for key, array in part.downlink.state()[0].items()]
     facts = {
         "version": VERSION,
         "round": progress.round,
@@ -113,13 +116,15 @@ def _restore(chain: list[Any], arrays: dict[str, Any], facts: dict[str, Any]) ->
         if level != MODEL:
             found.setdefault((level, name), (kind, []))[1].append((key, arrays[str(number)]))
     for (level, name), (kind, items) in found.items():
+        if kind == DOWNLINK:
+            continue
         value: Any = [array for _, array in items] if kind == "list" else dict(items)
         if kind == "record":
             value = ArrayRecord({key: Array(array) for key, array in items})
         setattr(chain[level], name, value)
     for level, name, number in facts["scalars"]:
         setattr(chain[level], name, number)
-    for part, held in zip(chain, facts["ours"], strict=True):
+    for level, (part, held) in enumerate(zip(chain, facts["ours"], strict=True)):
         if isinstance(part, FstqStrategy) and held is not None:
             if held["base"] != part.base.hex():
                 raise StateError(
@@ -130,6 +135,9 @@ def _restore(chain: list[Any], arrays: dict[str, Any], facts: dict[str, Any]) ->
             part.heard = {int(node): round for node, round in held["heard"].items()}
             part.uplinks = {int(node): speed for node, speed in held["uplinks"].items()}
             part.refused = Counter(held["refused"])
+            if part.downlink is not None and held["downlink"] is not None:
+                _, items = found.get((level, "downlink"), (DOWNLINK, []))
+                part.downlink.restore(dict(items), held["downlink"])
 
 
 def _ours(part: Any) -> dict[str, Any] | None:
@@ -141,6 +149,7 @@ def _ours(part: Any) -> dict[str, Any] | None:
         "heard": part.heard,
         "uplinks": part.uplinks,
         "refused": part.refused,
+        "downlink": None if part.downlink is None else part.downlink.state()[1],
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from fstq_infer.federated.flower import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from fstq_infer.federated.order import check_mods
 from fstq_infer.federated.records import FISHER, arrays_of
+from fstq_infer.federated.tokens import TokenScores
 from fstq_infer.federated.train import Example, LoraTrainer, TrainSettings
 
 
@@ -35,26 +36,49 @@ def client_app(
 
     @app.train(mods=check_mods(mods, preset, fisher))  # type: ignore[untyped-decorator]
     def train(message: Any, context: Any) -> Any:
-        config: Any = next(iter(message.content.config_records.values()), {})
-        mine, held = trainer(context), next(iter(message.content.array_records.items()))
-        mine.load(arrays_of(held[1]))
-        node = int(context.node_config.get("partition-id", context.node_id)) % (1 << 63)
-        work = replace(settings, proximal=float(config.get("proximal-mu", settings.proximal)))
-        done = mine.train(examples(context), work, (seed, node, int(config.get("server-round", 0))))
-        metrics = MetricRecord({"num-examples": done.examples, "loss": done.loss})
-        content = {held[0]: _record(done.arrays), "metrics": metrics}
-        if fisher:
-            content[FISHER] = _record(done.fisher)
-        return Message(RecordDict(content), reply_to=message)
+        return train_reply(message, context, trainer(context), examples(context), settings, fisher, seed)
 
     @app.evaluate()  # type: ignore[untyped-decorator]
     def evaluate(message: Any, context: Any) -> Any:
-        mine, rows = trainer(context), examples(context)
-        mine.load(arrays_of(next(iter(message.content.array_records.values()))))
-        metrics = MetricRecord({"num-examples": len(rows), "loss": mine.loss(rows, settings.batch)})
-        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+        return evaluate_reply(message, trainer(context), examples(context), settings.batch)
 
     return app
+
+
+def train_reply(
+    message: Any,
+    context: Any,
+    trainer: LoraTrainer,
+    rows: Sequence[Example],
+    settings: TrainSettings,
+    fisher: bool = True,
+    seed: int = 0,
+    tokens: TokenScores | None = None,
+) -> Any:
+    """Train from the message's weights; the reply holds the new ones, metrics, and the Fisher if wanted.
+
+    tokens: this client's token mask, which learns from the round. The metric ``tokens`` is the share that it has left.
+    """
+    config: Any = next(iter(message.content.config_records.values()), {})
+    held = next(iter(message.content.array_records.items()))
+    trainer.load(arrays_of(held[1]))
+    node = int(context.node_config.get("partition-id", context.node_id)) % (1 << 63)
+    work = replace(settings, proximal=float(config.get("proximal-mu", settings.proximal)))
+    done = trainer.train(rows, work, (seed, node, int(config.get("server-round", 0))), tokens)
+    metrics = MetricRecord({"num-examples": done.examples, "loss": done.loss})
+    if tokens is not None:
+        metrics["tokens"] = done.kept
+    content = {held[0]: _record(done.arrays), "metrics": metrics}
+    if fisher:
+        content[FISHER] = _record(done.fisher)
+    return Message(RecordDict(content), reply_to=message)
+
+
+def evaluate_reply(message: Any, trainer: LoraTrainer, rows: Sequence[Example], batch: int) -> Any:
+    """The loss of the message's weights on some rows."""
+    trainer.load(arrays_of(next(iter(message.content.array_records.values()))))
+    metrics = MetricRecord({"num-examples": len(rows), "loss": trainer.loss(rows, batch)})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
 def _record(arrays: dict[str, Any]) -> Any:

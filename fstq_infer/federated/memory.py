@@ -65,7 +65,7 @@ class MemoryFolder:
             "round": memory.round,
             "exponents": exponents,
         }
-        saved.save(_oldest(first, second, memory.round), arrays, facts)
+        saved.save(saved.older(first, second, memory.round), arrays, facts)
 
     def _paths(self, client: str, manifest: TensorManifest) -> tuple[Path, Path]:
         name = f"{hashlib.sha256(client.encode()).hexdigest()[:24]}-{manifest.digest.hex()}"
@@ -93,20 +93,6 @@ class MemoryFolder:
         except (StateError, KeyError, TypeError, ValueError) as error:
             log.warning("memory of client %r is lost, it begins anew: %s", client, error)
             return None
-
-
-def _oldest(first: Path, second: Path, round: int) -> Path:
-    """The file to write: one that is unreadable, of this round or of a later one, else the older of the two."""
-    rounds = [_round_of(path) for path in (first, second)]
-    worth = [-1 if found is None or found >= round else found for found in rounds]
-    return first if worth[0] <= worth[1] else second
-
-
-def _round_of(path: Path) -> int | None:
-    try:
-        return int(saved.load(path)[1]["round"])
-    except (StateError, OSError, KeyError, TypeError, ValueError):
-        return None
 
 
 def _parts(memory: Memory) -> dict[str, Floats]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from fstq_infer.errors import DeltaError, FstqError, MessageError, OptionError, PrivacyOrderError, ReplyError
 from fstq_infer.federated import message as messages
+from fstq_infer.federated import mosaic
 from fstq_infer.federated.compress import PRESETS, Compressor
 from fstq_infer.federated.feedback import Floats, State
 from fstq_infer.federated.flower import ConfigRecord, Error, ErrorCode, Message, RecordDict
@@ -28,6 +29,8 @@ from fstq_infer.federated.tensors import HASH_BYTES, TensorManifest
 
 log = logging.getLogger(__name__)
 Arrays = Mapping[str, Any]
+MOSAIC = "mosaic"  # a preset without memory, see mosaic.py
+NAMES = (*PRESETS, MOSAIC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class FstqMod:
     """A mod for a ClientApp whose train function returns absolute weights, under the names that it received.
 
     base: identity of the base model, 16 bytes, the same as the server's. memory: folder for what the client remembers.
-    preset: a row of compress.PRESETS. client: name of this client's memory; by default ``client-id`` or
+    preset: a row of compress.PRESETS, or ``mosaic``. client: name of this client's memory; by default ``client-id`` or
     ``partition-id`` of the node's configuration, or else the node's id. uplink: bytes per second, or a function that
     measures them; reported to the server. fisher_decay: of the average over rounds of what the app returns in the
     array record ``fstq-fisher``, squared gradients by name; in a round without that record all coordinates weigh the
@@ -54,8 +57,8 @@ class FstqMod:
     def __post_init__(self) -> None:
         if len(self.base) != HASH_BYTES:
             raise OptionError(f"the base model's identity has {len(self.base)} bytes, expected {HASH_BYTES}")
-        if self.preset not in PRESETS:
-            raise OptionError(f"there is no preset {self.preset!a}; choose one of {', '.join(PRESETS)}")
+        if self.preset not in NAMES:
+            raise OptionError(f"there is no preset {self.preset!a}; choose one of {', '.join(NAMES)}")
         if not 0 <= self.fisher_decay < 1:
             raise OptionError(f"fisher_decay is {self.fisher_decay}, expected 0 to below 1")
 
@@ -70,8 +73,8 @@ class FstqMod:
         except FstqError as error:
             return _refused(error, message)
         reply = call_next(message, context)
-        if reply.has_error():
-            return reply
+        if reply.has_error():  # Flower's mods answer the app's reply with some errors: no server waits for that
+            return Message(reply.error, reply_to=message)
         try:
             reply.content = self._packed(reply.content, before, request, self._name(context))
         except FstqError as error:
@@ -84,6 +87,9 @@ class FstqMod:
         after = arrays_of(_only(weights, "the app's reply"))
         manifest = TensorManifest.of(before)
         delta = _difference(after, before)
+        if self.preset == MOSAIC:
+            tile = mosaic.Tile.within(manifest, request.round, request.slot, request.slots, request.budget or None)
+            return self._reply(content, next(iter(weights)), mosaic.compress(delta, manifest, self.base, tile))
         folder = MemoryFolder(Path(self.memory))
         memory = folder.load(client, manifest, self.base, request.run, request.round)
         fisher = self._fisher(memory, content.array_records.get(FISHER), manifest)
@@ -95,8 +101,11 @@ class FstqMod:
             request.round,
         )
         folder.save(client, manifest, self.base, request.run, Memory(state, fisher, request.round, blob))
+        return self._reply(content, next(iter(weights)), blob)
+
+    def _reply(self, content: Any, name: str, blob: bytes) -> Any:
         records = {name: record for name, record in content.items() if name != FISHER}
-        records[next(iter(weights))] = pack(blob)
+        records[name] = pack(blob)
         if (speed := self._speed()) is not None:
             records[REPORT] = ConfigRecord({"uplink": speed})
         return RecordDict(records)

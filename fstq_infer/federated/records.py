@@ -17,7 +17,7 @@ from fstq_infer.federated.flower import Array, ArrayRecord, ConfigRecord, Record
 PACKED, STYPE = "fstq", "fstq"  # name of the only array, and its serialization type
 FISHER = "fstq-fisher"  # record of a reply: the app's squared gradients, for the mod
 REPORT = "fstq"  # record of a reply: what the mod tells the server
-_KEYS = {"run": str, "round": int, "heard": int, "budget": int}
+_KEYS = {"run": str, "round": int, "heard": int, "budget": int, "slot": int, "slots": int}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +26,16 @@ class Request:
 
     run: names one federation, across restarts of its server. heard: round of this client's last message that was used;
     0 if none of those it was asked for; -1 if this node is new to the server (SuperNodes may get a new id when they
-    restart). budget: bytes of the message, 0 for as many as it takes.
+    restart). budget: bytes of the message, 0 for as many as it takes. slot, slots: the client's place among those asked
+    in this round, and their number: what a mosaic message holds follows from them.
     """
 
     run: str
     round: int
     heard: int
     budget: int
+    slot: int = 0
+    slots: int = 1
 
     def into(self, content: Any) -> Any:
         """A copy of a RecordDict with these settings in its ConfigRecord; records and arrays are shared."""

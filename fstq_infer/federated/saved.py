@@ -54,6 +54,20 @@ def load(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     return arrays, facts
 
 
+def older(first: Path, second: Path, round: int) -> Path:
+    """Which of two generations to write: one that is unreadable, of this round or of a later one, else the older."""
+    rounds = [_round_of(path) for path in (first, second)]
+    worth = [-1 if found is None or found >= round else found for found in rounds]
+    return first if worth[0] <= worth[1] else second
+
+
+def _round_of(path: Path) -> int | None:
+    try:
+        return int(load(path)[1]["round"])
+    except (StateError, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
 def _crc(arrays: Arrays, text: str) -> int:
     crc = zlib.crc32(text.encode())
     for name in sorted(arrays):

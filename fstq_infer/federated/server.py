@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,19 @@ class Rounds:
             raise OptionError("resume needs the checkpoint to go on from. Name its file.")
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One round that is over. train, evaluated: metrics, None for none. asked, replied: clients that trained."""
+
+    round: int
+    arrays: Any
+    train: Any
+    evaluated: Any
+    asked: int
+    replied: int
+    seconds: float
+
+
 def federate(
     strategy: Any,
     grid: Any,
@@ -54,18 +68,22 @@ def federate(
     train_config: Any = None,
     evaluate_config: Any = None,
     evaluate_fn: Evaluate | None = None,
+    on_round: Callable[[Report], None] | None = None,
 ) -> Any:
     """Run all rounds and return Flower's Result. The same seed and replies give the same bits, resumed or not.
 
     Clients are drawn with Python's ``random``, as Flower's strategies do, seeded for each round and put back after it.
+    on_round: called after each round, before its checkpoint is written: what it saves is there when a run goes on.
     Noise of privacy wrappers is not seeded: repeated noise would protect nothing. Raises StateError for a checkpoint
     that cannot be used.
     """
     progress = _start(strategy, arrays, settings, evaluate_fn)
     for number in range(progress.round + 1, settings.rounds + 1):
+        began = time.monotonic()
         with _draw(settings.seed, number, "train"):
             config = ConfigRecord(dict(train_config or {}))
             requests = list(strategy.configure_train(number, progress.arrays, config, _Ordered(grid)))
+        asked = len(requests)
         replies = collect(grid, requests, settings.timeout, settings.enough)
         trained, metrics = strategy.aggregate_train(number, replies)
         current, result = trained or progress.arrays, progress.result
@@ -75,12 +93,15 @@ def federate(
         with _draw(settings.seed, number, "evaluate"):
             config = ConfigRecord(dict(evaluate_config or {}))
             requests = list(strategy.configure_evaluate(number, current, config, _Ordered(grid)))
-        metrics = strategy.aggregate_evaluate(number, collect(grid, requests, settings.timeout))
-        if metrics is not None:
-            result.evaluate_metrics_clientapp[number] = metrics
-        if evaluate_fn is not None and (metrics := evaluate_fn(number, current)) is not None:
-            result.evaluate_metrics_serverapp[number] = metrics
+        evaluated = strategy.aggregate_evaluate(number, collect(grid, requests, settings.timeout))
+        if evaluated is not None:
+            result.evaluate_metrics_clientapp[number] = evaluated
+        if evaluate_fn is not None and (central := evaluate_fn(number, current)) is not None:
+            result.evaluate_metrics_serverapp[number] = central
         result.arrays = current
+        if on_round is not None:
+            seconds = time.monotonic() - began
+            on_round(Report(number, current, metrics, evaluated, asked, len(replies), seconds))
         progress = Progress(number, current, result)
         if settings.checkpoint is not None:
             checkpoints.save(settings.checkpoint, strategy, progress, settings.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fstq_infer.errors import MissingExtraError, OptionError
+from fstq_infer.federated.embeddings import embedding_gradients
 from fstq_infer.federated.tensors import HASH_BYTES
+from fstq_infer.federated.tokens import TokenScores
 
 try:
     import torch
@@ -68,26 +70,45 @@ class TrainSettings:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Weights and Fisher by name, the mean loss per labelled token over all steps, and the examples at hand."""
+    """Weights and Fisher by name, the mean loss per labelled token over all steps, the examples at hand, and the share
+    of labelled tokens that a token mask has left."""
 
     arrays: dict[str, Floats]
     fisher: dict[str, Floats]
     loss: float
     examples: int
+    kept: float = 1.0
 
 
 class LoraTrainer:
     """A causal language model of Transformers with a LoRA adapter that is trained in float32.
 
     model: in float32 or bfloat16, where it stays; its own weights are frozen. Arrays are named as in PEFT's files.
+    factors: ``AB``, or ``B`` to train and exchange B only (FFA-LoRA, arXiv 2403.12313): half the weights. A is then
+    what torch's random numbers give at this point, and a part of the identity: all clients have to seed them alike.
     """
 
-    def __init__(self, model: Any, rank: int = 8, alpha: int = 16, targets: str | list[str] = LINEARS) -> None:
+    def __init__(
+        self,
+        model: Any,
+        rank: int = 8,
+        alpha: int = 16,
+        targets: str | list[str] = LINEARS,
+        factors: str = "AB",
+    ) -> None:
+        if factors not in ("AB", "B"):
+            raise OptionError(f"factors to train are {factors!a}, expected 'AB' or 'B'")
         if (dtype := next(model.parameters()).dtype) not in (torch.float32, torch.bfloat16):
             raise OptionError(f"the model is in {dtype}, expected float32 or bfloat16. Load it with dtype='bfloat16'.")
         self.identity = identity(model)
         lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
         self.model = get_peft_model(model, lora)
+        if factors == "B":
+            fixed = {name: weight for name, weight in self.model.named_parameters() if ".lora_A." in name}
+            for weight in fixed.values():
+                weight.requires_grad_(False)
+                weight.data = weight.data.float()
+            self.identity = _digest(fixed, self.identity)
         self._trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         for weight in self._trained:
             weight.data = weight.data.float()
@@ -109,8 +130,17 @@ class LoraTrainer:
         tensors = {name: torch.from_numpy(np.array(array, np.float32)) for name, array in arrays.items()}
         set_peft_model_state_dict(self.model, tensors)
 
-    def train(self, examples: Sequence[Example], settings: TrainSettings, seed: int | Sequence[int] = 0) -> Trained:
-        """Train from the present weights. The same weights, examples, settings and seed give the same result."""
+    def train(
+        self,
+        examples: Sequence[Example],
+        settings: TrainSettings,
+        seed: int | Sequence[int] = 0,
+        tokens: TokenScores | None = None,
+    ) -> Trained:
+        """Train from the present weights. The same weights, examples, settings, seed and tokens give the same result.
+
+        tokens: leaves out the loss of some, and learns from every step; loss and Fisher are then those of the rest.
+        """
         if not examples:
             raise OptionError("there are no examples to train on. Leave this client out, or give it data.")
         self.model.train()
@@ -119,13 +149,13 @@ class LoraTrainer:
             self._trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False
         )
         fisher = [torch.zeros_like(weight) for weight in self._trained]
-        total, tokens, decay = 0.0, 0, settings.fisher_decay
+        total, counted, labelled, decay = 0.0, 0, 0, settings.fisher_decay
         draws = _draws(len(examples), settings.batch * settings.accumulate, np.random.default_rng(seed))
         for number in range(settings.steps):
             step = [examples[index] for index in next(draws)]
             optimizer.zero_grad()
-            loss, count = self._backward(step, settings.batch)
-            total, tokens = total + loss, tokens + count
+            loss, count, whole = self._step(step, settings.batch, tokens)
+            total, counted, labelled = total + loss, counted + count, labelled + whole
             weight = (1 - decay) / (1 - decay ** (number + 1))  # a mean at first, then a running one
             for squares, parameter in zip(fisher, self._trained, strict=True):
                 if parameter.grad is not None:
@@ -138,7 +168,7 @@ class LoraTrainer:
             optimizer.step()
         by_weight = {id(parameter): values for parameter, values in zip(self._trained, fisher, strict=True)}
         found = {name: by_weight[id(weight)].cpu().numpy() for name, weight in self._named()}
-        return Trained(self.arrays(), found, total / max(tokens, 1), len(examples))
+        return Trained(self.arrays(), found, total / max(counted, 1), len(examples), counted / max(labelled, 1))
 
     def loss(self, examples: Sequence[Example], batch: int = 8) -> float:
         """Mean loss per labelled token."""
@@ -154,9 +184,25 @@ class LoraTrainer:
         """Write adapter_model.safetensors and adapter_config.json, as PEFT does."""
         self.model.save_pretrained(str(path))
 
+    def _step(self, step: Sequence[Example], batch: int, tokens: TokenScores | None) -> tuple[float, int, int]:
+        """(loss, its labelled tokens, all labelled tokens) of a step; gradients are those of the tokens in the mask."""
+        whole = _labelled(step)
+        if tokens is None:
+            return *self._backward(step, batch), whole
+        masked = [replace(row, labels=tokens.masked(row.labels, IGNORED)) for row in step]
+        with embedding_gradients(self.model) as gradients:
+            loss, count = self._backward(masked if _labelled(masked) else step, batch)
+        scores = [found[row, : len(example.tokens)]
+                  for found, start in zip(gradients(), range(0, len(step), batch), strict=True)
+                  for row, example in enumerate(step[start : start + batch])]  # fmt: skip
+        ids = np.concatenate([np.array(example.tokens) for example in step])
+        labels = np.concatenate([np.array(example.labels[1:]) for example in step])
+        tokens.after_step(ids, np.concatenate(scores) * np.float32(count) ** 2, labels[labels != IGNORED])
+        return loss, count, whole
+
     def _backward(self, step: Sequence[Example], batch: int) -> tuple[float, int]:
         """Gradients of the mean loss per labelled token of a whole step, however it is cut into micro-batches."""
-        tokens = sum(sum(label != IGNORED for label in example.labels[1:]) for example in step)
+        tokens = _labelled(step)
         total = 0.0
         for start in range(0, len(step), batch):
             loss, _ = self._sum(step[start : start + batch])
@@ -186,16 +232,24 @@ class LoraTrainer:
         """Parameters by their names in PEFT's files."""
         weights: dict[str, Any] = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         own = {weight.data_ptr(): weight for weight in self._trained}
-        return [(name, own[weight.data_ptr()]) for name, weight in weights.items()]
+        return [(name, own[weight.data_ptr()]) for name, weight in weights.items() if weight.data_ptr() in own]
 
 
 def identity(model: Any) -> bytes:
     """16 bytes that stand for a model's weights: names, types, shapes and values of its state."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    return _digest(model.state_dict())
+
+
+def _digest(tensors: Mapping[str, Any], before: bytes = b"") -> bytes:
+    digest = hashlib.sha256(before)
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()[:HASH_BYTES]
+
+
+def _labelled(step: Sequence[Example]) -> int:
+    return sum(sum(label != IGNORED for label in example.labels[1:]) for example in step)
 
 
 def _draws(total: int, size: int, rng: np.random.Generator) -> Iterator[list[int]]:

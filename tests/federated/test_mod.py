@@ -171,6 +171,14 @@ def test_replies_that_do_not_fit_become_errors(tmp_path: Path, change: Any, matc
         raise AssertionError(FstqMod(BASE, tmp_path)(request(), context(), app).error.reason)
 
 
+def test_errors_of_flowers_mods_answer_the_request(tmp_path: Path) -> None:
+    """A clipping mod that finds two array records answers the app's reply; the server waits for one to its request."""
+    fisher = {"fstq-fisher": record(step(0, 0, 1))}
+    asked, app = request(clipping_norm=1.0), train(step(0, 0, 1), **fisher)
+    reply = FstqMod(BASE, tmp_path, "lossless")(asked, context(), lambda m, c: fixedclipping_mod(m, c, app))
+    assert reply.has_error() and reply.metadata.reply_to_message_id == asked.metadata.message_id
+
+
 def test_a_server_without_the_wrapper_is_named(tmp_path: Path) -> None:
     plain = Message(RecordDict({"arrays": record(weights()), "config": ConfigRecord({"server-round": 1})}), 2, "train")
     assert "FstqStrategy" in FstqMod(BASE, tmp_path)(plain, context(), train(step(0, 0, 1))).error.reason
@@ -222,6 +230,7 @@ def test_privacy_orders() -> None:
         ([fixedclipping_mod, fstq_mod], {}, "before"),
         ([ours, fixedclipping_mod], {}, "error feedback"),
         ([ours, local], {"fisher": True}, "raw gradients"),
+        ([ours, fixedclipping_mod], {"preset": "lossless", "fisher": True}, "one array record"),
         ([ours, secaggplus_mod], {}, "masked"),
         ([ours, fstq_mod], {}, "twice"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,24 @@ def test_server_side_privacy_wrapper_inside(tmp_path: Path) -> None:
     found = FstqStrategy(inner, BASE, SameBudget(600)).start(make_grid(tmp_path, "fstq"), record(weights()), 1)
     moved = MANIFEST.flatten(arrays_in(found.arrays)) - MANIFEST.flatten(weights())
     assert 0 < np.linalg.norm(moved) < 0.0101
+
+
+def test_noise_needs_equal_weights_and_enough_clients(tmp_path: Path) -> None:
+    """uniform: a client that says 4 examples weighs as much as one that says 1; least: a short round is no round."""
+    uniform = FstqStrategy(FedAvg(), BASE, SameBudget(0), uniform=True)
+    found = uniform.start(make_grid(tmp_path / "a"), record(weights()), 1)
+    moved = [MANIFEST.flatten(step(0, client, 1)) for client in range(4)]
+    expected = MANIFEST.flatten(weights()) + np.mean(moved, axis=0, dtype=np.float64)
+    np.testing.assert_allclose(MANIFEST.flatten(arrays_in(found.arrays)), expected, atol=1e-6)
+
+    def fault(reply: Any) -> Any:
+        return None if reply.metadata.src_node_id == 3 and reply.metadata.message_type == "train" else reply
+
+    short = FstqStrategy(FedAvg(fraction_evaluate=0.0), BASE, SameBudget(0), least=4)
+    found = short.start(make_grid(tmp_path / "b", fault=fault), record(weights()), 1)
+    metrics = found.train_metrics_clientapp[1]
+    assert (metrics["fstq-used"], metrics["fstq-refused-TooFewError"]) == (0, 3) and len(found.arrays) == 0
+    assert set(short.heard.values()) == {0}  # clients put their messages back
 
 
 def test_server_side_privacy_wrapper_outside_fails_at_once(tmp_path: Path) -> None:
@@ -247,10 +266,11 @@ def test_requests_carry_what_each_client_needs() -> None:
     strategy.heard, strategy.uplinks = {2: 4}, {2: 20_000.0, 3: 9e9}
     requests = strategy.configure_train(5, record(weights()), ConfigRecord({"lr": 0.1}), LocalGrid(lambda *_: None, 3))
     found = {request.metadata.dst_node_id: Request.of(request.content) for request in requests}
-    assert found == {
-        2: Request("run", 5, 4, 40_000 - OVERHEAD),
-        3: Request("run", 5, -1, 4000 - OVERHEAD),
-        4: Request("run", 5, -1, 10_000 - OVERHEAD),
+    assert sorted(request.slot for request in found.values()) == [0, 1, 2]
+    assert {node: replace(request, slot=0) for node, request in found.items()} == {
+        2: Request("run", 5, 4, 40_000 - OVERHEAD, slots=3),
+        3: Request("run", 5, -1, 4000 - OVERHEAD, slots=3),
+        4: Request("run", 5, -1, 10_000 - OVERHEAD, slots=3),
     }
     assert all(request.content["config"]["lr"] == 0.1 for request in requests)
 

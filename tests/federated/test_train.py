@@ -69,6 +69,27 @@ def test_learns_and_repeats(name: str, dtype: Any) -> None:
     assert max(values.max() for values in results[0].fisher.values()) > 0
 
 
+def test_only_b_is_trained_and_exchanged() -> None:
+    torch.manual_seed(1)
+    trainer = LoraTrainer(model(), rank=4, factors="B")
+    fixed = {name: weight.clone() for name, weight in trainer.model.named_parameters() if "lora_B" not in name}
+    before = trainer.loss(examples())
+    done = trainer.train(examples(), TrainSettings(steps=12, batch=4, learning_rate=1e-2), seed=5)
+    assert trainer.loss(examples()) < 0.95 * before
+    assert done.arrays.keys() == done.fisher.keys() and all(".lora_B." in name for name in done.arrays)
+    assert all(torch.equal(weight, fixed[name]) for name, weight in trainer.model.named_parameters() if name in fixed)
+    torch.manual_seed(1)
+    same = LoraTrainer(model(), rank=4, factors="B")
+    same.load(done.arrays)
+    assert same.identity == trainer.identity and same.loss(examples()) == trainer.loss(examples())
+    torch.manual_seed(2)
+    assert LoraTrainer(model(), rank=4, factors="B").identity == trainer.identity  # model() seeds anew
+    other = model()
+    torch.manual_seed(2)
+    drawn = LoraTrainer(other, rank=4, factors="B")
+    assert drawn.identity != trainer.identity != LoraTrainer(model(), rank=4).identity
+
+
 def test_accumulated_steps_equal_whole_ones() -> None:
     """Micro-batches of unequal lengths: the gradient is that of the mean over tokens, not over micro-batches."""
     found = []
@@ -145,6 +166,7 @@ def test_identity_is_of_the_weights() -> None:
         lambda: TrainSettings(steps=0),
         lambda: TrainSettings(fisher_decay=1.0),
         lambda: LoraTrainer(model(dtype=torch.float16)),
+        lambda: LoraTrainer(model(), factors="A"),
         lambda: LoraTrainer(model()).train([], TrainSettings()),
     ],
 )

@@ -1,0 +1,171 @@
+"""A SuperLink and SuperNodes of Flower as processes on loopback, with certificates and node keys made on the spot."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[2]
+PEM, PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
+
+
+class Deployment:
+    """Processes of one folder; leaving the context ends them all, and what they have started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        write_certificates(folder)
+        (folder / "home").mkdir()
+        (folder / "home/config.toml").write_text(
+            f'[superlink]\ndefault = "test"\n[superlink.test]\naddress = "127.0.0.1:{self.port}"\n'
+            f'root-certificates = "{folder}/ca.crt"\n'
+        )
+
+    def __enter__(self) -> Deployment:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name in list(self.processes):
+            self.kill(name)
+
+    def superlink(self) -> None:
+        """Start it, and wait until it listens."""
+        self._start(
+            "superlink", "flower-superlink", "--ssl-certfile", f"{self.folder}/server.pem", "--ssl-keyfile",
+            f"{self.folder}/server.key", "--ssl-ca-certfile", f"{self.folder}/ca.crt", "--enable-supernode-auth",
+            "--disable-runtime-dependency-installation", "--port", str(self.port),
+        )  # fmt: skip
+        self.wait(self._listens, 120)
+
+    def supernode(self, name: str, settings: str, register: bool = True) -> None:
+        """Start a node with a key of its own, which the SuperLink is told of first."""
+        if register:
+            write_key(self.folder / name)
+            self.flwr("supernode", "register", f"{self.folder}/{name}.pub", "test")
+        self._start(
+            name, "flower-supernode", "--root-certificates", f"{self.folder}/ca.crt", "--superlink",
+            f"127.0.0.1:{self.port}", "--auth-supernode-private-key", f"{self.folder}/{name}", "--port",
+            str(free_port()), "--node-config", settings,
+        )  # fmt: skip
+
+    def restarted(self, name: str, settings: str) -> None:
+        """Start a node again if it has ended, as a service manager would: a SuperLink turns a node away for as long as
+        it takes the killed one for alive."""
+        if name not in self.processes or self.processes[name].poll() is not None:
+            if name in self.processes:
+                self.kill(name)
+            self.supernode(name, settings, register=False)
+
+    def flwr(self, *arguments: str) -> str:
+        """What a command of the ``flwr`` tool prints."""
+        done = subprocess.run(
+            [str(BIN / "flwr"), *arguments], env=self._environment(), capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to a process and to those that it has started."""
+        process = self.processes.pop(name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def log(self, name: str) -> str:
+        """What a process has printed so far."""
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, until: Callable[[], bool], seconds: float, pause: float = 0.5) -> None:
+        """Raises TimeoutError with the ends of all logs."""
+        deadline = time.monotonic() + seconds
+        while not until():
+            if time.monotonic() > deadline:
+                logs = "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
+                raise TimeoutError(logs)
+            time.sleep(pause)
+
+    def _listens(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+        except OSError:
+            return False
+        return True
+
+    def _start(self, name: str, command: str, *arguments: str) -> None:
+        with open(self.folder / f"{name}.log", "ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [str(BIN / command), *arguments],
+                env=self._environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "FLWR_HOME": f"{self.folder}/home",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PYTHONPATH": str(ROOT),
+        }
+
+
+def free_port() -> int:
+    """A port of loopback that nothing uses now."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def write_certificates(folder: Path) -> None:
+    """ca.crt, server.pem and server.key, for 127.0.0.1 and localhost."""
+    authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    (folder / "ca.crt").write_bytes(_certificate("test CA", authority, authority))
+    (folder / "server.pem").write_bytes(_certificate("localhost", server, authority))
+    (folder / "server.key").write_bytes(server.private_bytes(PEM, serialization.PrivateFormat.PKCS8, PLAIN))
+
+
+def write_key(path: Path) -> None:
+    """An ECDSA key as ssh-keygen writes it, and PATH.pub."""
+    key, form = ec.generate_private_key(ec.SECP384R1()), serialization.Encoding.OpenSSH
+    path.write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, PLAIN))
+    path.chmod(0o600)
+    path.with_suffix(".pub").write_bytes(key.public_key().public_bytes(form, serialization.PublicFormat.OpenSSH))
+
+
+def _certificate(name: str, key: Any, authority: Any) -> bytes:
+    now, own = datetime.datetime.now(datetime.timezone.utc), key is authority
+    issuer = "test CA"
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=own, path_length=None), critical=True)
+    )
+    if not own:
+        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    return builder.sign(authority, hashes.SHA256()).public_bytes(PEM)
