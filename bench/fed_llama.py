@@ -58,8 +58,17 @@ class LoraLlama:
                 shapes.append((f"layers.{number}.{kind}.lora_B", (weight.shape[0], rank)))
         self.manifest = TensorManifest(tuple(shapes))
         self.sizes = self.manifest.sizes.tolist()
-        self.is_b = torch.from_numpy(np.repeat([name.endswith("B") for name, _ in shapes], self.sizes))
+        self.names = np.repeat([name for name, _ in shapes], self.sizes)
         self._check(model)
+
+    def parts(self, name: str) -> list[str]:
+        """Tensors that are trained: ``AB`` all, ``B`` those of B, ``B-vod`` without queries and keys."""
+        kept = [name for name, _ in self.manifest.tensors]
+        if name != "AB":
+            kept = [tensor for tensor in kept if tensor.endswith("B")]
+        if name == "B-vod":
+            kept = [tensor for tensor in kept if ".q_proj." not in tensor and ".k_proj." not in tensor]
+        return kept
 
     def start(self, seed: int) -> torch.Tensor:
         """A as PEFT draws it, B zero."""

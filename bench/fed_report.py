@@ -12,7 +12,7 @@ from typing import Any
 from common import RESULTS, target, write
 
 IMAGES = RESULTS.parents[1] / "docs" / "images"
-DENSE, OURS = "fedavg", ("mosaic",)
+DENSE, OURS = "fedavg", ("mosaic", "mosaic-lean", "mosaic-fast", "mosaic-1500")
 SHARES = (0.6, 0.95)
 FIGURES = ("rounds", "bytes", "seconds", "joules")
 Runs = dict[str, dict[int, list[dict[str, Any]]]]  # method -> seed -> runs, one for each rate

@@ -34,6 +34,7 @@ from fstq_infer.federated.feedback import State
 from fstq_infer.federated.mosaic import complete
 from fstq_infer.federated.network import Compute, Network, links
 from fstq_infer.federated.network import Work as Load
+from fstq_infer.federated.tensors import TensorManifest
 
 PARTIAL = RESULTS / "federated-runs"
 FLOWER = 795  # bytes around a message, measured with two metrics
@@ -68,9 +69,10 @@ class Setting:
 def run(model: LoraLlama, task: Task, setting: Setting, folder: Path) -> dict[str, Any]:
     """All rounds of a setting, going on where an earlier run was cut off."""
     path, method = folder / f"{setting.name}.json", METHODS[setting.method]
-    mask = None if method.parts == "AB" else model.is_b
-    places = np.arange(len(model.is_b)) if mask is None else np.flatnonzero(mask.numpy())
-    manifest = model.manifest if mask is None else _only_b(model)
+    trained = model.parts(method.parts)
+    manifest = TensorManifest(tuple(item for item in model.manifest.tensors if item[0] in trained))
+    kept = np.isin(model.names, trained)
+    mask, places = torch.from_numpy(kept.astype(np.float32)), np.flatnonzero(kept)
     network = Network(
         links(setting.network, len(task.clients), setting.seed),
         Compute(STEP, 0.3),
@@ -89,7 +91,7 @@ def run(model: LoraLlama, task: Task, setting: Setting, folder: Path) -> dict[st
                 continue
             delta, fisher = model.train(
                 server.weights, task.clients[client], Work(setting.steps, setting.batch, setting.rate),
-                (setting.seed, 2, number, client), None if mask is None else mask.float(),
+                (setting.seed, 2, number, client), mask,
             )  # fmt: skip
             at = Sending(manifest, fisher[places], server.state(client), number, slot, len(drawn))
             blob, part, state = method.codec(delta[places], at)
@@ -163,10 +165,6 @@ def _save(path: Path, record: dict[str, Any], server: Server) -> None:
     )
     partial.replace(path.with_suffix(".npz"))
     replace_file(path, json.dumps(record).encode())
-
-
-def _only_b(model: LoraLlama) -> Any:
-    return type(model.manifest)(tuple(item for item in model.manifest.tensors if item[0].endswith("B")))
 
 
 def _dense(part: Part, total: int) -> Any:
