@@ -149,8 +149,11 @@ def export(
         ),
     ] = None,
     profile: Annotated[
-        Path | None,
-        typer.Option(help="A device profile, from 'fstq build --profile'; default: a roofline of this machine."),
+        str | None,
+        typer.Option(
+            help="The device: a board (orin-nano, orin-nano@15W; see 'fstq plan'), or a file from 'fstq build "
+            "--profile'; default: a roofline of this machine."
+        ),
     ] = None,
     tune_codes: Annotated[
         int | None,

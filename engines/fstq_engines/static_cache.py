@@ -75,9 +75,9 @@ class StaticCache(InPlacePass):
 
     def _positions(self, graph: ir.Graph, group: int, at: ir.Value, present: ir.Value) -> None:
         concat = present.producer()
-        assert concat is not None
-        past = concat.inputs[0]
-        assert past is not None
+        past = None if concat is None else concat.inputs[0]
+        if concat is None or past is None:
+            raise PreconditionError(f"{present.name} is not made of what was there and what is new")
         tape = ir.tape.Tape()
         made = tape.op("TensorScatter", [*concat.inputs, at], {"axis": 1})
         ir.convenience.replace_nodes_and_values(graph, concat, [concat], tape.nodes, [present], [made])
@@ -87,7 +87,8 @@ class StaticCache(InPlacePass):
     def _attention(self, graph: ir.Graph, node: ir.Node, at: Sequence[ir.Value]) -> None:
         query, key, value, mask, past_key, past_value = node.inputs[:6]
         match = _cached(node)
-        assert match is not None and past_key is not None and past_value is not None
+        if match is None or past_key is None or past_value is None:
+            raise PreconditionError(f"{node.name} does not read its past keys and values from the graph's inputs")
         group = sum(int(match.group(1)) >= border for border in self.borders)
         tape, attributes = ir.tape.Tape(), dict(node.attributes)
         heads = [attributes.pop(name).as_int() for name in ("q_num_heads", "kv_num_heads") if name in attributes]

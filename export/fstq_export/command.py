@@ -63,7 +63,7 @@ def export(
     bits: float | None,
     bytes: int | None,
     target_latency: str | None,
-    profile: Path | None,
+    profile: str | None,
     tune_codes: int | None,
 ) -> None:
     """``fstq export``."""

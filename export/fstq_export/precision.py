@@ -25,7 +25,7 @@ from fstq_infer.fisher.items import Item
 from fstq_infer.quant.allocate import Choice, allocate
 from fstq_infer.quant.codes import Quantized, quantize
 from fstq_infer.quant.formats import FORMATS
-from fstq_infer.quant.latency import Profile, Roofline
+from fstq_infer.quant.latency import Costs, Profile, Roofline
 from fstq_infer.quant.plan import OPTIONAL, Group, Plan
 
 Progress = Callable[[str, int, int], None]
@@ -60,12 +60,15 @@ class Planner:
         self.weights = weights(decoder)
         self.parameters = sum(weight.matrix.size for weight in self.weights.values())
         timed = (DYNAMIC,) if wanted.latency is not None else ()
-        self.formats = [name for name in (*timed, *AUTOMATIC) if not (dtype == "float16" and name == "fp32")]
+        known = (*timed, *AUTOMATIC) if wanted.profile is None else wanted.profile.formats
+        self.formats = [
+            name for name in (*timed, *AUTOMATIC) if name in known and not (dtype == "float16" and name == "fp32")
+        ]
         self.groups: dict[str, tuple[str, ...]] = {}
         self._damage: dict[tuple[str, str], float] = {}
         self._codes: dict[tuple[str, str], Quantized] = {}
         self._trace: dict[str, float] = {}
-        self._profile: Profile | None = None
+        self._profile: Costs | None = None
         self.rivals = True  # whether other rules are measured beside the plan
         self._fitted: Callable[[str], Damage | None] = lambda _name: None
 
@@ -184,13 +187,13 @@ class Planner:
     def _damaged(self, name: str, form: str) -> float:
         return self._damage[name, form]
 
-    def _device(self) -> Profile:
+    def _device(self) -> Costs:
         """The device's profile, or a roofline of this machine."""
         if self._profile is None:
             self._profile = self.wanted.profile or Profile("roofline of the exporting machine", Roofline.measured())
         return self._profile
 
-    def _seconds(self, profile: Profile, name: str, form: str, tokens: int) -> float:
+    def _seconds(self, profile: Costs, name: str, form: str, tokens: int) -> float:
         """What a weight takes in a call; the head sees the last token only, and rows are looked up in no time."""
         model: Any = self.decoder.model
         head = model.get_output_embeddings()

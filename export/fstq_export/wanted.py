@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fstq_infer.errors import OptionError
 from fstq_infer.quant.formats import named
-from fstq_infer.quant.latency import Profile, Target
+from fstq_infer.quant.latency import Costs, Target, costs_on
 from fstq_infer.quant.plan import Plan
 
 AUTO = "auto"
@@ -30,7 +30,7 @@ class Precision:
     place: str = ""
     tune: int | None = None
     latency: Target | None = None
-    profile: Profile | None = None
+    profile: Costs | None = None
 
     def __post_init__(self) -> None:
         if sum(budget is not None for budget in (self.bits, self.bytes, self.latency)) > 1:
@@ -62,15 +62,15 @@ class Precision:
         bits: float | None,
         size: int | None,
         latency: str | None = None,
-        profile: Path | None = None,
+        profile: str | None = None,
         tune: int | None = None,
     ) -> Precision:
         """From the command line: a format, 'auto' or the path of a plan; a budget alone means 'auto'.
 
-        latency: as :meth:`Target.parse` has it. profile: the path of a device profile.
+        latency: as :meth:`Target.parse` has it. profile: a board or a file, see :func:`costs_on`.
         """
         target = None if latency is None else Target.parse(latency)
-        device = None if profile is None else Profile.read(profile)
+        device = None if profile is None else costs_on(profile)
         budget = bits is not None or size is not None or target is not None
         if precision is None:
             return cls(AUTO if budget else None, bits, size, tune=tune, latency=target, profile=device)

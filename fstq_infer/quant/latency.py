@@ -1,4 +1,4 @@
-"""How long matrices take on a device: a profile measured there, or a roofline; and what a budget of time is.
+"""How long matrices take on a device: measured there, by a board's data sheet, or by a roofline; budgets of time.
 
 Knows times of kernels by shape, format and number of tokens, no graph and no backend. The file is TOML, for people, and
 read back strictly.
@@ -11,12 +11,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from fstq_infer import device as boards
 from fstq_infer.errors import OptionError
 from fstq_infer.quant.formats import FORMATS, named
 from fstq_infer.quant.toml import Table, load, number, text
+from fstq_infer.roofline import linear_seconds
 
 FORMAT, VERSION = "fstq-profile", 1
 LARGEST = 4 << 20  # bytes of a profile's text
@@ -58,6 +61,53 @@ class Target:
 Kernel = tuple[int, int, str, int]  # outputs, inputs, format, tokens
 
 
+class Costs(Protocol):
+    """What matrices take on a device."""
+
+    @property
+    def device(self) -> str:
+        """In words."""
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Those that it has."""
+
+    def seconds(self, outputs: int, inputs: int, form: str, tokens: int) -> float:
+        """Of one matrix for ``tokens`` tokens."""
+
+
+def costs_on(name: str) -> Costs:
+    """Of a board by its name, with a power mode or without (orin-nano, orin-nano@15W), or by a file: a board's, or one
+    that was measured. Raises OptionError."""
+    if not name.endswith(".toml"):
+        board, _, mode = name.partition("@")
+        return Board(boards.find(board).in_mode(mode) if mode else boards.find(board))
+    data = _read(Path(name))
+    found = load(data, name, LARGEST, "a device profile")
+    return Board(boards.find(name)) if found.get("format") == boards.FORMAT else Profile.from_toml(data, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """A board from its data sheet, see :mod:`fstq_infer.roofline`."""
+
+    board: boards.Profile
+
+    @property
+    def device(self) -> str:
+        """In words."""
+        return f"roofline of {self.board.title}, {self.board.mode.name}"
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Those that it has."""
+        return self.board.formats
+
+    def seconds(self, outputs: int, inputs: int, form: str, tokens: int) -> float:
+        """By bytes moved or operations done, whichever takes longer."""
+        return linear_seconds(self.board, outputs, inputs, form, tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class Roofline:
     """bandwidth: bytes read in a second. rate: multiplications and additions of float32 in a second, each for one."""
@@ -94,6 +144,11 @@ class Profile:
     device: str
     roofline: Roofline
     kernels: Mapping[Kernel, float] = field(default_factory=dict)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Those that it has; where one was not measured, the roofline stands in."""
+        return tuple(FORMATS)
 
     def seconds(self, outputs: int, inputs: int, form: str, tokens: int) -> float:
         """As measured; between measured numbers of tokens, and beyond the most, in proportion; else by roofline."""
@@ -149,11 +204,15 @@ class Profile:
     @classmethod
     def read(cls, path: Path) -> Profile:
         """Raises OptionError for a file that cannot be read or is no profile."""
-        try:
-            with path.open("rb") as file:
-                data = file.read(LARGEST + 1)
-        except OSError as error:
-            raise OptionError(
-                f"the profile {path} cannot be read: {error}; write one on the device with 'fstq build --profile'"
-            ) from error
-        return cls.from_toml(data, str(path))
+        return cls.from_toml(_read(path), str(path))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(LARGEST + 1)
+    except OSError as error:
+        raise OptionError(
+            f"the profile {path} cannot be read: {error}; write one on the device with 'fstq build --profile', or name "
+            f"a board: {', '.join(boards.names())}"
+        ) from error

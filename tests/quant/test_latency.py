@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fstq_infer import device
 from fstq_infer.errors import OptionError
 from fstq_infer.quant.formats import FORMATS
-from fstq_infer.quant.latency import DYNAMIC_RATE, Profile, Roofline, Target
+from fstq_infer.quant.latency import DYNAMIC_RATE, Profile, Roofline, Target, costs_on
 
 ROOF = Roofline(1e9, 1e10)
 PROFILE = Profile(
@@ -110,3 +111,21 @@ def test_targets_that_mean_nothing(given: str) -> None:
         return
     with pytest.raises(OptionError, match="target"):
         Target.parse(given)
+
+
+def test_boards_are_named_with_or_without_a_power_mode(tmp_path: Path) -> None:
+    found, slow = costs_on("orin-nano"), costs_on("orin-nano@15W")
+    assert "Orin Nano 8GB, 25W" in found.device and "15W" in slow.device
+    matrix = (4864, 896)
+    for tokens in (1, 1024):
+        assert 0 < found.seconds(*matrix, "int4-128", tokens) < slow.seconds(*matrix, "int4-128", tokens)
+    assert found.seconds(*matrix, "int4-128", 1) < found.seconds(*matrix, "fp16", 1)
+    board = tmp_path / "mine.toml"
+    board.write_bytes((device.folder() / "orin-nano.toml").read_bytes())
+    assert costs_on(str(board)).seconds(*matrix, "int8", 7) == found.seconds(*matrix, "int8", 7)
+    measured = tmp_path / "measured.toml"
+    measured.write_text(PROFILE.to_toml(), encoding="utf-8")
+    assert costs_on(str(measured)) == PROFILE
+    for wrong, message in (("orin-nana", "did you mean"), ("orin-nano@16W", "power mode"), ("none.toml", "orin-nano")):
+        with pytest.raises(OptionError, match=message):
+            costs_on(wrong)
