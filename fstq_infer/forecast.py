@@ -122,38 +122,20 @@ def as_json(row: Row) -> dict[str, Any]:
 def table(rows: Sequence[Row], title: str) -> Table:
     """For people."""
     made = Table(title=title)
-    made.add_column("device")
-    made.add_column("mode")
-    for name in (
-        "keep",
-        "kept",
-        "TTFT ms",
-        "prefill tok/s",
-        "decode tok/s",
-        "end to end s",
-        "weights",
-        "KV",
-        "total GiB",
-    ):
-        made.add_column(name, justify="right")
-    made.add_column("fits")
+    made.add_column("device", no_wrap=True)
+    for name in ("keep", "TTFT ms", "tok/s", "total s", "KV MiB", "GiB", "GiB free"):
+        made.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         found = row.prediction
         made.add_row(
-            row.device,
-            row.mode,
+            f"{row.device} {row.mode}",
             ",".join(f"{k:g}" for k in row.keep) if isinstance(row.keep, tuple) else f"{row.keep:g}",
-            str(found.kept[-1] if found.kept else found.prompt),
             f"{1e3 * found.ttft_s:.1f}",
-            f"{found.prefill_tokens_per_s:.0f}",
             f"{found.decode_tokens_per_s:.1f}",
             f"{found.end_to_end_s:.2f}",
-            f"{found.weights_bytes / 2**20:.0f} MiB",
-            f"{found.kv_bytes / 2**20:.1f} MiB",
+            f"{found.kv_bytes / 2**20:.1f}",
             f"{found.total_bytes / 2**30:.2f}",
-            f"yes, {found.free_bytes / 2**30:.1f} GiB left"
-            if found.fits
-            else f"no, {-found.free_bytes / 2**30:.1f} GiB short",
+            f"{found.free_bytes / 2**30:.1f}" if found.fits else f"{-found.free_bytes / 2**30:.1f} short",
         )
     return made
 
