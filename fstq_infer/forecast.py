@@ -123,7 +123,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
     """For people."""
     made = Table(title=title)
     made.add_column("device", no_wrap=True)
-    for name in ("keep", "TTFT ms", "tok/s", "total s", "KV MiB", "GiB", "GiB free"):
+    for name in ("keep", "TTFT ms", "tok/s", "total s", "KV MiB", "GiB", "free"):
         made.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         found = row.prediction
@@ -131,7 +131,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
             f"{row.device} {row.mode}",
             ",".join(f"{k:g}" for k in row.keep) if isinstance(row.keep, tuple) else f"{row.keep:g}",
             f"{1e3 * found.ttft_s:.1f}",
-            f"{found.decode_tokens_per_s:.1f}",
+            f"{found.decode_tokens_per_s:.4g}",
             f"{found.end_to_end_s:.2f}",
             f"{found.kv_bytes / 2**20:.1f}",
             f"{found.total_bytes / 2**30:.2f}",
