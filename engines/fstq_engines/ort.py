@@ -26,7 +26,7 @@ from fstq_infer.atomic import atomic_directory, sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
 from fstq_infer.errors import BundleError, EngineError, MissingExtraError
 from fstq_infer.machine import peak_rss
-from fstq_infer.runtime.ort import MODEL, OrtEngine, brief, import_onnxruntime, session_options
+from fstq_infer.runtime.ort import ADAPTED, MODEL, OrtEngine, brief, import_onnxruntime, session_options
 
 BACKEND, WEIGHTS, LOWERED = "onnxruntime", "model.onnx.data", "lowered"
 INLINE_BYTES = 1024  # smaller initializers stay in the graph
@@ -87,7 +87,7 @@ def load(
 
 def identity(bundle: Bundle) -> Identity:
     """What an engine for this bundle, built here and now, would depend on."""
-    return Identity(bundle.manifest_sha256, BACKEND, import_onnxruntime().__version__, cache.this_cpu())
+    return Identity(bundle.model_sha256, BACKEND, import_onnxruntime().__version__, cache.this_cpu())
 
 
 def _is_usable(target: Path, wanted: Identity, bundle: Bundle, checksums: bool) -> bool:
@@ -106,24 +106,28 @@ def _is_usable(target: Path, wanted: Identity, bundle: Bundle, checksums: bool) 
 def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, say: Progress) -> None:
     started = time.monotonic()
     say(f"checking the bundle {bundle.path}")
-    if Bundle.open(bundle.path).manifest_sha256 != wanted.bundle_sha256:
+    if Bundle.open(bundle.path).model_sha256 != wanted.bundle_sha256:
         raise EngineError(f"{bundle.path} has changed since it was opened. Wait until it is written, and try again.")
     files = [name for name in (MODEL, WEIGHTS) if name in bundle.manifest.files]
     check_external_data(bundle.file(MODEL), files[1:])
     size = sum(bundle.manifest.files[name].bytes for name in files)
     cache.require_memory(2 * size + BUILD_MEMORY)
-    cache.require_disk(target, 3 * size + BUILD_DISK)
+    graphs = [MODEL] if bundle.manifest.lora is None else [MODEL, ADAPTED]
+    cache.require_disk(target, (2 + len(graphs)) * size + BUILD_DISK)
     made = parity.cases(bundle.manifest.model, bundle.manifest.stages)
     # One session at a time: each is gone before the next is opened.
     say("running the bundle's own graph")
-    expected = parity.run(OrtEngine(bundle.path, bundle, threads=threads), made)
+    expected = parity.run_all(OrtEngine(bundle.path, bundle, threads=threads), made, bundle.manifest)
     gc.collect()
     try:
         with atomic_directory(target, overwrite=True, marker=SIDECAR) as partial:
             say("optimising the graph")
-            rounded = _optimise(bundle, partial, threads)
+            rounded = any([_optimise(bundle, partial, threads, name) for name in graphs])
+            if len(graphs) > 1:
+                _share(partial, *graphs)
             say("comparing the engine with the bundle")
-            found = parity.run(OrtEngine(partial, bundle, threads=threads), made)
+            found = parity.run_all(OrtEngine(partial, bundle, threads=threads), made, bundle.manifest)
+            made = made + parity.adapted_cases(made, bundle.manifest)
             result = parity.compare(made, expected, found, bundle.manifest.model.dtype, rounded)
             sidecar = Sidecar(
                 identity=wanted,
@@ -139,20 +143,21 @@ def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, 
     say(f"built {target} in {sidecar.build_seconds:.1f} s")
 
 
-def _lower(bundle: Bundle, out: Path) -> bool:
+def _lower(bundle: Bundle, out: Path, name: str) -> bool:
     """Write the bundle's graph as this onnxruntime runs it best into ``out``, with all its weights.
 
-    Returns whether it rounds inputs of layers.
+    name: MODEL, without inputs for adapters, or ADAPTED. Returns whether it rounds inputs of layers.
     """
     try:
         import onnx_ir as ir
 
+        from fstq_engines.lora import WithoutAdapters
         from fstq_engines.quantized import QuantizedLayers
         from fstq_engines.static_cache import StaticCache, probe_model
     except ModuleNotFoundError as error:
         raise MissingExtraError("Building an engine", error.name or "onnx_ir", "ort") from error
     layers = QuantizedLayers()
-    passes: list[Any] = [layers]
+    passes: list[Any] = [layers] if name == ADAPTED else [WithoutAdapters(), layers]
     try:
         import_onnxruntime().InferenceSession(probe_model(), session_options(1), providers=["CPUExecutionProvider"])
     except Exception:  # ONNX Runtime's exceptions have no common base
@@ -169,25 +174,32 @@ def _lower(bundle: Bundle, out: Path) -> bool:
         raise EngineError(f"{bundle.file(MODEL)} cannot be read: {error}. Fetch an undamaged copy.") from error
     try:
         out.mkdir()
-        ir.save(model, out / MODEL, external_data=WEIGHTS)
+        ir.save(model, out / name, external_data=WEIGHTS)
     except OSError as error:
         raise EngineError(f"{out.parent} cannot be written: {error}. Free some space, and build again.") from error
     return layers.rounding > 0
 
 
-def _optimise(bundle: Bundle, out: Path, threads: int | None) -> bool:
+def _share(folder: Path, model: str, other: str) -> None:
+    """One file of weights for both graphs, see fstq_engines/lora.py."""
+    from fstq_engines.lora import share_weights
+
+    share_weights(folder, model, other)
+
+
+def _optimise(bundle: Bundle, out: Path, threads: int | None, name: str) -> bool:
     """Write the lowered and optimised graph and its weights into ``out``; whether it rounds inputs of layers."""
     ort, options = import_onnxruntime(), session_options(threads)
-    rounded = _lower(bundle, out / LOWERED)
+    rounded = _lower(bundle, out / LOWERED, name)
     gc.collect()  # the lowered model is a cycle, and holds weights
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.optimized_model_filepath = str(out / MODEL)
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+    options.optimized_model_filepath = str(out / name)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{name}.data")
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_min_size_in_bytes", str(INLINE_BYTES)
     )
     try:
-        ort.InferenceSession(str(out / LOWERED / MODEL), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        ort.InferenceSession(str(out / LOWERED / name), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise EngineError(
             f"onnxruntime {ort.__version__} cannot optimise {bundle.file(MODEL)}: {brief(error)}"

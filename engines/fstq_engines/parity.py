@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fstq_infer.bundle import ModelInfo
+from fstq_infer.adapters.store import DTYPES, Adapter
+from fstq_infer.bundle import Manifest, ModelInfo
 from fstq_infer.errors import ParityError
 from fstq_infer.runtime.engine import Engine, Float32, Int64, Stage
 from fstq_infer.runtime.options import keep_counts, keep_ratios
@@ -16,6 +17,7 @@ TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}  # in units of 
 ROUNDED, AGREEING = 0.3, 0.75  # where inputs are rounded: mean square difference of logits, share of equal kept tokens
 LONG, SHORT, SMALL_MODEL = 96, 32, 50_000_000  # tokens of a prefill; parameters up to which it is the long one
 DECODE_STEPS = 4
+RANK, GAIN = 3, 0.1  # of a random adapter
 SEED, SHARE = 0, 600_000  # millionths of the score mass that stay where a prompt is pruned adaptively
 
 
@@ -86,6 +88,33 @@ def run(engine: Engine, made: Sequence[Case]) -> list[Output]:
             logits.append(step.logits.copy())
         outputs.append(Output(tuple(logits), kept))
     return outputs
+
+
+def run_all(engine: Engine, made: Sequence[Case], manifest: Manifest) -> list[Output]:
+    """What an engine makes of the cases, and of :func:`adapted_cases` with an adapter of random numbers."""
+    outputs = run(engine, made)
+    adapter = _random_adapter(manifest)
+    for case in adapted_cases(made, manifest):
+        rows = [None] * (len(case.rows) - 1) + [adapter]  # of several rows the last one
+        outputs += run(engine.adapted(rows), [case])
+    return outputs
+
+
+def adapted_cases(made: Sequence[Case], manifest: Manifest) -> list[Case]:
+    """The cases again where the graph has inputs for adapters."""
+    if manifest.lora is None:
+        return []
+    return [replace(case, name=f"{case.name}, adapter") for case in made]
+
+
+def _random_adapter(manifest: Manifest) -> Adapter:
+    rng = np.random.default_rng(SEED)
+    arrays, kind = {}, DTYPES.get(manifest.model.dtype, np.float32)
+    for one in manifest.lora.linears if manifest.lora is not None else ():
+        rank = min(RANK, manifest.lora.rank) if manifest.lora is not None else 0
+        a, b = rng.standard_normal((one.inputs, rank)), rng.standard_normal((rank, one.outputs))
+        arrays |= dict(zip(one.ports, (a * one.inputs**-0.5, b * GAIN), strict=True))
+    return Adapter("random", {name: array.astype(kind) for name, array in arrays.items()}, False, None)
 
 
 def compare(

@@ -84,7 +84,15 @@ class Calibration:
 class Calibrator:
     """One calibration run over a resident model."""
 
-    def __init__(self, decoder: Decoder, items: Sequence[Item], recipe: Recipe, progress: Progress) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        items: Sequence[Item],
+        recipe: Recipe,
+        progress: Progress,
+        parts: tuple[Sequence[Item], Sequence[Item]] | None = None,
+    ) -> None:
+        """parts: training and held-out items, where they have been split before."""
         self.decoder, self.recipe, self.progress = decoder, recipe, progress
         self.layers = len(decoder.layers)
         self.window = WINDOW if recipe.window is None else recipe.window
@@ -92,7 +100,7 @@ class Calibrator:
             raise OptionError("this model has one decoder layer, nothing to prune before; export without --calib")
         recipe.check_layers(self.layers)
         self.candidates = list(recipe.layers[:1]) or candidate_layers(self.layers)
-        self.training, self.held = split(items, recipe.seed)
+        self.training, self.held = split(items, recipe.seed) if parts is None else (list(parts[0]), list(parts[1]))
         self.seconds: dict[str, float] = {}
 
     @contextmanager

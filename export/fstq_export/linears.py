@@ -5,6 +5,7 @@ Rows are compared by their numbers, as in :mod:`fstq_export.passes.quantize`; th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from fstq_infer.adapters.ports import Linear, runs_of
 from fstq_infer.errors import UnsupportedModelError
 
 COLUMNS = 128  # of a weight's rows that are compared
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 Prints = NDArray[np.uint64]
 
 
@@ -52,23 +54,47 @@ def find(source: Source, graph: ir.Graph, dtype: str) -> dict[str, Linear]:
     return found
 
 
-def _modules(source: Source, dtype: np.dtype[Any]) -> dict[str, tuple[int, Prints]]:
-    """module -> (inputs, fingerprints of its outputs' rows), of every linear module in the checkpoint."""
-    kinds = {n: isinstance(m, Conv1D) for n, m in skeleton(source.config).named_modules() if _is_linear(m)}
-    wanted = {f"{name}.weight": (name, turned) for name, turned in kinds.items()}
+def is_turned(module: nn.Module) -> bool:
+    """Whether a module's weight is (inputs, outputs)."""
+    return isinstance(module, Conv1D)
+
+
+def keys_of(source: Source) -> dict[str, tuple[str, bool]]:
+    """Key of the checkpoint -> (linear module, whether its weight is (inputs, outputs))."""
+    modules = skeleton(source.config).named_modules()
+    wanted = {f"{n}.weight": (n, is_turned(m)) for n, m in modules if isinstance(m, nn.Linear | Conv1D)}
     found = {}
-    for key, array in _weights(source):
-        own = key if key in wanted else next((w for w in wanted if w.endswith(f".{key}")), None)
-        if own is None or array.ndim != 2:
-            continue
-        name, turned = wanted[own]
-        rows = array.T if turned else array
-        found[name] = (rows.shape[1], fingerprints(np.ascontiguousarray(rows[:, :COLUMNS]).astype(dtype)))
+    for path in sorted(source.folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                own = key if key in wanted else next((name for name in wanted if name.endswith(f".{key}")), None)
+                if own is not None:
+                    found[key] = wanted[own]
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
+def shapes_of(source: Source) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """(inputs, outputs) and the decoder layer of each linear module in a decoder layer, by name."""
+    shapes, layers = {}, {}
+    for name, module in skeleton(source.config).named_modules():
+        match = _LAYER.search(name)
+        if match and isinstance(module, nn.Linear | Conv1D):
+            rows, columns = module.weight.shape
+            shapes[name] = (rows, columns) if is_turned(module) else (columns, rows)
+            layers[name] = int(match.group(1))
+    return shapes, layers
+
+
+def _modules(source: Source, dtype: np.dtype[Any]) -> dict[str, tuple[int, Prints]]:
+    """module -> (inputs, fingerprints of its outputs' rows), of every linear module in the checkpoint."""
+    keys, found = keys_of(source), {}
+    for key, array in _weights(source):
+        if key not in keys:
+            continue
+        name, turned = keys[key]
+        rows = array.T if turned else array
+        found[name] = (rows.shape[1], fingerprints(np.ascontiguousarray(rows[:, :COLUMNS]).astype(dtype)))
+    return found
 
 
 def _weights(source: Source) -> Iterator[tuple[str, NDArray[Any]]]:

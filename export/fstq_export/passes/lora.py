@@ -33,12 +33,14 @@ def linear_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
 class LoraInputs(InPlacePass):
     """Give linear layers the inputs ``lora.NAME.A`` (adapters, inputs, rank), ``lora.NAME.B`` (adapters, rank, outputs).
 
-    Runs before weights become codes. linears: which, as :func:`fstq_export.linears.find` has found them.
+    Runs before weights become codes. linears: which, as :func:`fstq_export.linears.find` has found them. probes: names
+    of weights that adapters may bring their own of; they become inputs with a default (ONNX: an initializer and an
+    input of one name).
     """
 
-    def __init__(self, linears: Sequence[Linear]) -> None:
+    def __init__(self, linears: Sequence[Linear], probes: Sequence[str] = ()) -> None:
         super().__init__()
-        self.linears = linears
+        self.linears, self.probes = linears, probes
 
     def requires(self, model: ir.Model) -> None:
         missing = {linear.name for linear in self.linears} - linear_nodes(model.graph).keys()
@@ -68,5 +70,7 @@ class LoraInputs(InPlacePass):
             for use in uses:
                 use.node.replace_input_with(use.idx, added)
             graph.insert_after(node, emit.nodes)
+        for name in self.probes:
+            graph.inputs.append(graph.initializers[name])
         return PassResult(model, bool(self.linears))
 
