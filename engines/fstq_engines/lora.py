@@ -55,7 +55,7 @@ def share_weights(folder: Path, model: str, other: str) -> int:
     theirs = onnx.load(folder / other, load_external_data=False)
     shared, left = 0, bytearray()
     own = folder / f"{other}.data"
-    with _mapped(folder / f"{model}.data") as first, _mapped(own) as second:
+    with _Mapped(folder / f"{model}.data") as first, _Mapped(own) as second:
         for tensor in _external(theirs):
             offset, length = _place(tensor)
             at = mine.get(tensor.name, (0, -1))
@@ -73,7 +73,7 @@ def share_weights(folder: Path, model: str, other: str) -> int:
     return shared
 
 
-class _mapped:  # noqa: N801 - a context manager, used as one
+class _Mapped:
     """A file's bytes; none where there is no file."""
 
     def __init__(self, path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fstq_infer.adapters.store import DTYPES, Adapter
 from fstq_infer.bundle import Manifest, ModelInfo
@@ -109,7 +110,8 @@ def adapted_cases(made: Sequence[Case], manifest: Manifest) -> list[Case]:
 
 def _random_adapter(manifest: Manifest) -> Adapter:
     rng = np.random.default_rng(SEED)
-    arrays, kind = {}, DTYPES.get(manifest.model.dtype, np.float32)
+    arrays: dict[str, NDArray[np.float64]] = {}
+    kind = DTYPES.get(manifest.model.dtype, np.dtype(np.float32))
     for one in manifest.lora.linears if manifest.lora is not None else ():
         rank = min(RANK, manifest.lora.rank) if manifest.lora is not None else 0
         a, b = rng.standard_normal((one.inputs, rank)), rng.standard_normal((rank, one.outputs))

@@ -47,7 +47,11 @@ class Wanted:
 
     @classmethod
     def parse(
-        cls, adapters: Sequence[str] = (), targets: str | None = None, rank: int | None = None, merge: Path | None = None
+        cls,
+        adapters: Sequence[str] = (),
+        targets: str | None = None,
+        rank: int | None = None,
+        merge: Path | None = None,
     ) -> Wanted:
         """From the command line. Raises OptionError, AdapterNameError."""
         given: dict[str, Path] = {}
@@ -96,7 +100,9 @@ class Wanted:
             fitting = {m for m in modules if m == target or m.endswith(f".{target}")}
             if not fitting:
                 names = sorted({m.rpartition(".")[2] for m in modules})
-                raise OptionError(f"no linear layer is named '{target}'; {suggestion(target, names, 'there are')}, or all")
+                raise OptionError(
+                    f"no linear layer is named '{target}'; {suggestion(target, names, 'there are')}, or all"
+                )
             chosen |= fitting
         return chosen
 

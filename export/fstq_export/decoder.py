@@ -94,9 +94,7 @@ def _apply(passes: Sequence[ir.passes.PassBase], model: ir.Model, architecture: 
             raise type(error)(f"{architecture}: {error}") from error
         except Exception as error:
             reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
-            raise UnsupportedModelError(
-                f"{architecture}: pass {type(step).__name__} failed ({reason})"
-            ) from error
+            raise UnsupportedModelError(f"{architecture}: pass {type(step).__name__} failed ({reason})") from error
 
 
 def save(model: ir.Model, folder: Path) -> None:

@@ -97,7 +97,7 @@ class Text:
             call: dict[str, NDArray[Any]] = {"input_ids": self.ids[:, cut], "position_ids": self.positions[:, cut]}
             if keep is not None:
                 call["keep"] = keep if number == 0 else np.ones_like(keep)
-            out.append(call | self.more)
+            out.append(call | dict(self.more))
         return out
 
     @property

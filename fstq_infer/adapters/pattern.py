@@ -12,7 +12,9 @@ from typing import TypeVar
 from fstq_infer.errors import AdapterKindError
 
 LONGEST, MOST, QUANTIFIERS = 256, 4096, 2
-_SAFE = re.compile(r"(?:\^(?!.*\|))?(?:[\w\-.|]|\\[.dw]|\((?:\?:)?(?=[^()]*\)(?![*+?{]))|\)|\[[\w\-.]+\]|(?<=[\w.\]])[*+?])*\$?")
+_SAFE = re.compile(
+    r"(?:\^(?!.*\|))?(?:[\w\-.|]|\\[.dw]|\((?:\?:)?(?=[^()]*\)(?![*+?{]))|\)|\[[\w\-.]+\]|(?<=[\w.\]])[*+?])*\$?"
+)
 Value = TypeVar("Value")
 
 

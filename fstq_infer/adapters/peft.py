@@ -260,19 +260,20 @@ def check_targets(adapter: Peft, modules: Mapping[str, tuple[int, int]], layer_o
     names and shapes, what the configuration targets with what the file holds; the weights under it nobody can compare.
     """
     path, config = adapter.path, adapter.config
+    base = f" ({config.base[:80]!a})" if config.base else ""
     for module, pair in adapter.pairs.items():
         if module not in modules:
             close = suggestion(module, modules, "it has")
             raise AdapterMismatchError(
                 f"{path} adapts {module}, which is no linear layer of a decoder layer in this model; {close}. Was it "
-                f"trained on another model{f' ({config.base!a})' if config.base else ''}? Embeddings and the head "
+                f"trained on another model{base}? Embeddings and the head "
                 "cannot be adapted at run time."
             )
         have = pair.a.shape[1], pair.b.shape[0]
         if have != modules[module]:
             raise AdapterMismatchError(
                 f"{path}: {module} has {have[0]} inputs and {have[1]} outputs, but {modules[module][0]} and "
-                f"{modules[module][1]} in this model. It was trained on another one{f' ({config.base!a})' * bool(config.base)}."
+                f"{modules[module][1]} in this model. It was trained on another one{base}."
             )
     wanted = {
         module
@@ -281,10 +282,18 @@ def check_targets(adapter: Peft, modules: Mapping[str, tuple[int, int]], layer_o
         and (config.layers is None or layer_of[module] in config.layers)
     }
     odd = sorted(adapter.pairs.keys() - wanted)
-    absent = sorted(wanted - adapter.pairs.keys()) if config.targets is not None and "all-linear" not in config.targets else []
+    absent = (
+        sorted(wanted - adapter.pairs.keys())
+        if config.targets is not None and "all-linear" not in config.targets
+        else []
+    )
     if odd or absent:
-        what = f"holds {odd[0]}, which {CONFIG} does not target" if odd else f"lacks {absent[0]}, which {CONFIG} targets"
-        raise AdapterMismatchError(f"{path} {what} ({len(odd) + len(absent)} modules differ). Save both again together.")
+        what = (
+            f"holds {odd[0]}, which {CONFIG} does not target" if odd else f"lacks {absent[0]}, which {CONFIG} targets"
+        )
+        raise AdapterMismatchError(
+            f"{path} {what} ({len(odd) + len(absent)} modules differ). Save both again together."
+        )
 
 
 def _is_target(targets: tuple[str, ...], module: str) -> bool:

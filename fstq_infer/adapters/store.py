@@ -33,7 +33,7 @@ except ImportError:  # no flock outside POSIX
     fcntl = None  # type: ignore[assignment]
 
 Array = NDArray[Any]
-DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
+DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,9 @@ def encode(
     if kind is None:
         raise AdapterMismatchError(f"adapters for graphs in {dtype} are not supported; expected {', '.join(DTYPES)}.")
     with np.errstate(over="ignore"):
-        arrays: dict[str, Array] = {name: array.astype(kind) for name, array in fit(adapter, ports, base_sha256).items()}
+        arrays: dict[str, Array] = {
+            name: array.astype(kind) for name, array in fit(adapter, ports, base_sha256).items()
+        }
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise AdapterMismatchError(f"{directory} has weights that are too large for a graph in {dtype}.")
     data = tensors.encode(arrays | dict(probes or {}))

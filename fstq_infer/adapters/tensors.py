@@ -22,8 +22,8 @@ from fstq_infer.errors import AdapterFormatError
 
 FILE_CAP, HEADER_CAP, MOST_TENSORS, MOST_SIZE, MOST_DIMS = 4 << 30, 8 << 20, 1 << 16, 1 << 32, 4
 BYTES = {"F16": 2, "BF16": 2, "F32": 4}
-KINDS = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
-OTHERS = frozenset("BOOL U8 I8 I16 U16 I32 U32 I64 U64 F64 F8_E4M3 F8_E5M2 F4 F6_E2M3 F6_E3M2 F8_E8M0 C64".split())
+KINDS: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+OTHERS = frozenset(["BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64", "F64", "F8_E4M3", "F8_E5M2"])
 Array = NDArray[Any]
 
 

@@ -75,6 +75,6 @@ class Engine(Protocol):
     def adapted(self, adapters: Sequence[Adapter | None]) -> Engine:
         """The same engine with an adapter for each row of a batch, or one for all rows; None: the model as it is.
 
-        Caches are of the engine that made them: one with other adapters refuses them. Raises EngineError for an
+        A cache holds what its adapters made of the tokens: go on from it with the same ones. Raises EngineError for an
         engine without inputs for adapters, and for rows whose adapters bring different probes.
         """

@@ -39,8 +39,8 @@ class OrtEngine:
     The graph is run as it is on the CPU: an engine directory holds it lowered and optimised, a bundle's own directory
     does not (that is the reference an engine is compared with). On CUDA, ONNX Runtime optimises it while loading.
 
-    An engine directory has the graph twice where adapters can be used: model.onnx lacks their inputs, and costs nothing;
-    adapted.onnx has them, reads its weights from the same file, and is loaded when the first adapter is asked for.
+    An engine directory has the graph twice where adapters can be used: model.onnx lacks their inputs; adapted.onnx has
+    them, reads its weights from the same file, and is loaded when the first adapter is asked for.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ class LoraInputs(InPlacePass):
             weight, out = node.inputs[1], node.outputs[0]
             rank, uses = f"rank.{linear.name}", list(out.uses())
             kind = ir.TensorType(weight.dtype if weight is not None and weight.dtype else ir.DataType.FLOAT)
-            shapes = [["adapters", linear.inputs, rank], ["adapters", rank, linear.outputs]]
+            shapes: list[list[int | str]] = [["adapters", linear.inputs, rank], ["adapters", rank, linear.outputs]]
             sides = [
                 ir.Value(name=name, type=kind, shape=ir.Shape(shape))
                 for name, shape in zip(linear.ports, shapes, strict=True)
@@ -73,4 +73,3 @@ class LoraInputs(InPlacePass):
         for name in self.probes:
             graph.inputs.append(graph.initializers[name])
         return PassResult(model, bool(self.linears))
-
