@@ -1,4 +1,4 @@
-"""A PEFT adapter fitted to a graph: its matrices as the inputs ``lora.*`` take them. Pure functions over NumPy arrays."""
+"""A PEFT adapter fitted to a graph: its matrices as the inputs ``lora.*`` take them. Pure functions."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _tensors(path: Path, header: Mapping[str, Any], data: memoryview) -> dict[st
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise _bad(path, f"tensor {shown!r} without dtype, shape and data_offsets alone")
         dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype not in BYTES:
+        if not isinstance(dtype, str) or dtype not in BYTES:
             if isinstance(dtype, str) and dtype in OTHERS:
                 raise AdapterFormatError(
                     f"{path}: tensor {shown!r} is {dtype}; expected F32, F16 or BF16. Save the adapter in one of these."

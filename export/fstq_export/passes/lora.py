@@ -31,7 +31,7 @@ def linear_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
 
 
 class LoraInputs(InPlacePass):
-    """Give linear layers the inputs ``lora.NAME.A`` (adapters, inputs, rank), ``lora.NAME.B`` (adapters, rank, outputs).
+    """Give linear layers inputs ``lora.NAME.A`` (adapters, inputs, rank) and ``lora.NAME.B`` (adapters, rank, outputs).
 
     Runs before weights become codes. linears: which, as :func:`fstq_export.linears.find` has found them. probes: names
     of weights that adapters may bring their own of; they become inputs with a default (ONNX: an initializer and an

@@ -120,7 +120,7 @@ def _rms(emit: Emit, x: ir.Value, width: int) -> ir.Value:
 
 
 def graph_weights(weights: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-    """A probe's weights (``Probe.arrays()``) as the graph holds them: behind ``fstq.probe.STAGE.``, without the span."""
+    """Weights of a probe, from ``Probe.arrays()``, as a graph holds them behind ``fstq.probe.STAGE.``; no span."""
     found = {name: array for name, array in weights.items() if name.partition(".")[0] not in ("query", "key", "span")}
     found["linear.matrix"] = np.ascontiguousarray(found.pop("linear.weight").T)
     for name in ("query", "key"):
