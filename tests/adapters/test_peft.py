@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +156,7 @@ def test_an_adapter_of_another_model(tmp_path: Path) -> None:
         fit(peft.read(write(tmp_path / "b", wide)), ports(), HASH)
     with pytest.raises(AdapterMismatchError, match="rank 2, but the bundle takes ranks up to 1"):
         fit(peft.read(write(tmp_path / "c")), ports(1), HASH)
-    with pytest.raises(AdapterMismatchError, match="cdcdcd.* the bundle is made of abab"):
+    with pytest.raises(AdapterMismatchError, match=r"cdcdcd.* the bundle is made of abab"):
         fit(peft.read(write(tmp_path / "d", fstq_base_sha256="cd" * 32)), ports(), HASH)
     fit(peft.read(write(tmp_path / "e", fstq_base_sha256=HASH)), ports(), HASH)
 
@@ -192,13 +191,11 @@ def test_patterns_match_as_in_peft(name: str, text: str) -> None:
 
 
 def test_patterns_take_little_time() -> None:
-    began = time.process_time()
-    for text in (".*.*x", "[a.]+[a.]+x", "a*a*x"):
+    for text in (".*.*x", "[a.]+[a.]+x", "a*a*x"):  # a dangerous one would not come back
         pattern.check([text], "test")
-        pattern.matches(text, "a" * 250)
-    assert time.process_time() - began < 20
+        assert not pattern.matches(text, "a" * 250)
     for text in ("(a*)*x", "(a|a)+x", "a{2,}{3,}", "a*a*a*x", "(?=a)", "(?P<x>a)", r"\1", "a\nb", "^a|b"):
-        with pytest.raises(AdapterKindError, match="does not try|which is none"):
+        with pytest.raises(AdapterKindError, match=r"does not try|which is none"):
             pattern.check([text], "test")
 
 

@@ -1,8 +1,10 @@
-"""Adapters through export and engine against Transformers with PEFT: families, kinds of LoRA, pruning, quantized bases."""
+"""Adapters through export and engine against Transformers with PEFT: families, kinds of LoRA, quantized bases."""
 
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ import numpy as np
 import pytest
 
 from .adapters import adapter, family, greedy, logits, with_adapter  # isort: skip - skips with a reason
-from .families import FAMILIES, MORE, Runner, batch, ids
+from .families import FAMILIES, MORE, Runner, batch, ids  # isort: skip
 
 import onnx_ir as ir
 from fstq_engines.lora import WithoutAdapters
 from fstq_export import decoder, linears, source
 from fstq_export.adapters import Wanted, adapt_in_place, empty, inputs, merged
+from fstq_export.command import adapter_verdict
 from fstq_export.passes.lora import LoraInputs, linear_nodes
 from fstq_export.pipeline import Request, export
 from fstq_export.precision import Precision
@@ -283,6 +286,56 @@ def test_nothing_is_written_where_an_adapter_is_not_what_peft_computes(
     with pytest.raises(VerificationError, match="with the adapter 'med': the exported graph differs"):
         export(Request(str(built["model"]), tmp_path / "b", adapters=Wanted.parse([str(built["med"])])))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def calib(tmp_path: Path) -> Path:
+    rng = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "over", "old", "hills"]
+    rows = [
+        {"prompt": " ".join(rng.choices(words, k=rng.randint(8, 12))), "answer": " ".join(rng.choices(words, k=2))}
+        for _ in range(32)
+    ]
+    path = tmp_path / "items.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["holds", "breaks"])
+def test_the_contract_is_measured_again(
+    broken: bool, built: dict[str, Path], calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSTQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("fstq_export.calibrate.EPOCHS", 1)
+    monkeypatch.setattr("fstq_export.calibrate.STEPS", 2)
+    # Random weights say nothing of quality: the judge is told what to find, all else is as it would be.
+    monkeypatch.setattr("fstq_export.recheck.within", lambda lost, possible, allowed: not broken)
+    recipe = Recipe(prune_layer=2, keep=0.5, max_quality_drop=0.9)
+    wanted = Wanted.parse([str(built["med"]), str(built["law"])])
+    done = export(Request(str(built["model"]), tmp_path / "b", recipe, calib, adapters=wanted))
+    bundle = Bundle.open(tmp_path / "b")
+    for name, info in bundle.manifest.adapters.items():
+        found = done.report["adapters"][name]["calibration"]
+        assert info.probe == broken == (found["own_probe"] is not None)
+        assert info.pruning is not None and info.pruning.contract is not None
+        assert done.report["adapters"][name]["verification"]["pruned"]["kept_equal"]
+        assert "contract" in adapter_verdict(name, done.report["adapters"][name]).lower()
+    assert bundle.manifest.lora is not None and bool(bundle.manifest.lora.probes) == broken
+    generator = Generator.load(tmp_path / "b", threads=1)
+    prompts, names = [ids(60), ids(41, 1), ids(50, 2)], ["med", None, "law"]
+    options: dict[str, Any] = {"keep": 0.5, "max_tokens": 5}
+    single = [generator.generate(p, adapter=name, **options) for p, name in zip(prompts, names, strict=True)]
+    assert [r.tokens for r in generator.generate(prompts, adapter=names, **options)] == [r.tokens for r in single]
+    if broken:
+        med = store.load(bundle, "med")
+        own, shared = (
+            generator.engine.adapted([a]) for a in (med, replace(med, probe=False))
+        )  # the same matrices with the bundle's probe
+        given = (np.array([prompts[0]]), np.arange(60)[None], np.array([[30]]))
+        kept = [engine.forward(*given, engine.empty_cache(1)).kept[0].tolist() for engine in (own, shared)]
+        assert kept[0] != kept[1]
+        with pytest.raises(EngineError, match="bring different probes"):
+            generator.engine.adapted([med, None])
 
 
 def test_an_adapter_of_another_model_ends_the_export_at_once(built: dict[str, Path], tmp_path: Path) -> None:
