@@ -410,7 +410,7 @@ class Export:
         stages: Sequence[PruneStage],
         generation: GenerationDefaults,
     ) -> Manifest:
-        config, recipe = model.config, self.request.recipe
+        config, recipe, merge = model.config, self.request.recipe, self.request.adapters.merge
         contract, keep = None, recipe.wanted or 1.0
         if calibration is not None:
             contract = Contract(calibration.met, calibration.metric, recipe.max_quality_drop, calibration.drop)
@@ -436,7 +436,7 @@ class Export:
             ),
             generation=generation,
             provenance=Provenance(
-                source=_public(model.name),
+                source=_public(model.name) + (f" with adapter {merge.resolve().name}" if merge is not None else ""),
                 source_sha256=model.sha256,
                 libraries={name: _version(name) for name in LIBRARIES},
                 seed=recipe.seed,

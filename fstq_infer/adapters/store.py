@@ -141,13 +141,11 @@ def load(bundle: Bundle, name: str) -> Adapter:
     """
     info, ports = require(bundle, name), bundle.manifest.lora
     path = bundle.path / path_of(name)
-    found = tensors.read(path)
-    if sha256_file(path) != info.sha256:
-        raise AdapterFormatError(f"{path} has changed since it was added. Add the adapter again (--force).")
-    if ports is None:
-        raise AdapterMismatchError(f"{bundle.path} has no inputs for adapters.")
-    arrays = {key: tensor.array() for key, tensor in found.items()}
-    _check(path, arrays, ports, DTYPES[bundle.manifest.model.dtype])
+    kind = DTYPES.get(bundle.manifest.model.dtype)
+    if ports is None or kind is None:
+        raise AdapterMismatchError(f"{bundle.path} has no inputs for adapters in {', '.join(DTYPES)}.")
+    arrays = {key: tensor.array() for key, tensor in tensors.read(path, info.sha256).items()}
+    _check(path, arrays, ports, kind)
     return Adapter(name, arrays, info.probe, info.pruning)
 
 

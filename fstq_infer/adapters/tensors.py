@@ -6,6 +6,7 @@ for; tensors are views of the mapped file until they are copied.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
@@ -56,8 +57,11 @@ def regular_size(path: Path, cap: int) -> int:
     return status.st_size
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name. Raises AdapterFormatError, whatever the file holds."""
+def read(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a file by name. sha256: that the file has to have.
+
+    Raises AdapterFormatError, whatever the file holds.
+    """
     size = regular_size(path, FILE_CAP)
     try:
         with open(path, "rb") as file:
@@ -71,6 +75,8 @@ def read(path: Path) -> dict[str, Tensor]:
         raise AdapterFormatError(f"{path} cannot be read: {error}. Check permissions and the disk.") from error
     if len(whole) != size or len(header) != length:
         raise _bad(path, "another size than a moment ago")
+    if sha256 is not None and hashlib.sha256(whole).hexdigest() != sha256:
+        raise AdapterFormatError(f"{path} has changed since it was added. Add the adapter again (--force).")
     return _tensors(path, _header(path, header), whole[8 + length :])
 
 

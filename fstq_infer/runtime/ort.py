@@ -62,7 +62,9 @@ class OrtEngine:
         info = bundle.manifest.model
         self._stages, self._vocab, self._positions = bundle.manifest.stages, info.vocab_size, info.max_positions
         path = Path(directory, model)
-        session = _open(self._ort, path, threads, provider, packed=model != ADAPTED)
+        # Beside weights in few bits, which are small, kernels without rearranged weights are slow.
+        packed = model != ADAPTED or "plan.toml" in bundle.manifest.files
+        session = _open(self._ort, path, threads, provider, packed)
         if any(port.name == LENGTHS for port in session.get_inputs()) and provider != "cpu":
             raise EngineError(f"{path} was built for the CPU; on {provider} the bundle's own graph runs: open that.")
         given = {port.name for port in session.get_inputs()}
