@@ -40,6 +40,7 @@ from fstq_infer.runtime.load import build_engine
 from fstq_infer.runtime.ort import ADAPTED, MODEL
 
 TOLERANCE = 1e-3
+DEMO = Path(decoder.__file__).parent / "demo" / "model"
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True, "r": 7},
@@ -94,6 +95,33 @@ def test_families(name: str, tmp_path: Path) -> None:
 def test_further_families(name: str, tmp_path: Path) -> None:
     model = family(name, tmp_path / "model")
     check(model, adapter(model, tmp_path / "lora"), tmp_path)
+
+
+def test_the_demo_model(tmp_path: Path) -> None:
+    check(DEMO, adapter(DEMO, tmp_path / "lora", gain=0.5), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", [None, "int8"])
+def test_the_demo_models_engine(formats: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSTQ_CACHE", str(tmp_path / "cache"))
+    folder = adapter(DEMO, tmp_path / "lora", gain=0.1)
+    request = Request(
+        str(DEMO),
+        tmp_path / "b",
+        Recipe(prune_layer=2, keep=0.5),
+        precision=Precision.parse(formats, None, None),
+        adapters=Wanted.parse([f"one={folder}"]),
+    )
+    done = export(request)
+    assert done.report["adapters"]["one"]["verification"]["dense"]["logits"] < TOLERANCE
+    generator, text = Generator.load(tmp_path / "b", threads=1), "Mora lives in Lisbon. Where does Mora live?"
+    prompt = generator.tokenizer.encode(text)
+    found = list(generator.generate(text, keep=1.0, max_tokens=24, adapter="one").tokens)
+    if formats is None:
+        wanted = greedy(with_adapter(DEMO, folder), prompt, 24)
+        assert found == wanted[: len(found)]
+    assert found != list(generator.generate(text, keep=1.0, max_tokens=24).tokens)
 
 
 @pytest.mark.parametrize("kind", KINDS)
