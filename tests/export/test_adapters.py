@@ -153,6 +153,21 @@ def test_merging_gives_pefts_model(name: str, tmp_path: Path) -> None:
         assert np.abs(logits(frozen.model, ids(20)) - wanted).max() < 1e-4
 
 
+def test_a_merged_adapter_is_in_the_bundle_for_good(
+    built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSTQ_CACHE", str(tmp_path / "cache"))
+    wanted = Wanted.parse([f"more={built['law']}"], merge=built["med"])
+    export(Request(str(built["model"]), tmp_path / "b", adapters=wanted))
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert manifest.provenance.source == "model with adapter med" and list(manifest.adapters) == ["more"]
+    generator = Generator.load(tmp_path / "b", threads=1)
+    expected = greedy(with_adapter(built["model"], built["med"]), ids(30), 8)
+    assert list(generator.generate(ids(30), max_tokens=8).tokens) == expected
+    assert list(generator.generate(ids(30), max_tokens=8, adapter="more").tokens) != expected
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "cache"}
+
+
 def test_targets_decide_which_layers_get_inputs(tmp_path: Path) -> None:
     model = family("llama", tmp_path / "model")
     folder = adapter(model, tmp_path / "lora", target_modules=["q_proj"])
