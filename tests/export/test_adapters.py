@@ -15,15 +15,17 @@ from .adapters import adapter, family, greedy, logits, with_adapter  # isort: sk
 from .families import FAMILIES, MORE, Runner, batch, ids  # isort: skip
 
 import onnx_ir as ir
+from fstq_engines import ort as backend
 from fstq_engines.lora import WithoutAdapters
+from fstq_engines.lower import Lowering
 from fstq_export import decoder, linears, source
 from fstq_export.adapters import Wanted, adapt_in_place, empty, inputs, merged
 from fstq_export.command import adapter_verdict
 from fstq_export.passes.lora import LoraInputs, linear_nodes
 from fstq_export.pipeline import Request, export
-from fstq_export.precision import Precision
 from fstq_export.recipe import Recipe
 from fstq_export.reference import reference
+from fstq_export.wanted import Precision
 from onnx_ir.passes import PreconditionError
 
 from fstq_infer import Generator
@@ -34,12 +36,15 @@ from fstq_infer.errors import (
     AdapterNameError,
     EngineError,
     OptionError,
+    ParityError,
     VerificationError,
 )
 from fstq_infer.runtime.load import build_engine
 from fstq_infer.runtime.ort import ADAPTED, MODEL
+from fstq_infer.runtime.ort_caches import SharedCache
 
 TOLERANCE = 1e-3
+CASES = ["dense", "pruned", "adaptive", "padded batch"]
 DEMO = Path(decoder.__file__).parent / "demo" / "model"
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -308,8 +313,7 @@ def test_the_engine_has_one_copy_of_the_weights(built: dict[str, Path], generato
     assert {MODEL, ADAPTED, f"{MODEL}.data"} <= sizes.keys()
     assert sizes.get(f"{ADAPTED}.data", 0) < sizes[f"{MODEL}.data"] / 50
     parity = json.loads((engine / "engine.json").read_text())["parity"]
-    assert parity["cases"] == ["dense", "pruned", "adaptive", "padded batch"]
-    assert parity["adapted"]["cases"] == [f"{case}, adapter" for case in parity["cases"]]
+    assert parity["cases"] == CASES and parity["adapted"]["cases"] == [f"{case}, adapter" for case in CASES]
 
 
 def test_a_quantized_base(built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +325,64 @@ def test_a_quantized_base(built: dict[str, Path], tmp_path: Path, monkeypatch: p
     generator = Generator.load(tmp_path / "b", threads=1)
     plain, adapted = (generator.generate(ids(40), adapter=name, max_tokens=6).tokens for name in (None, "law"))
     assert plain != adapted
+    parity = json.loads((build_engine(Bundle.open(tmp_path / "b")) / "engine.json").read_text())["parity"]
+    for found, ending in ((parity, ""), (parity["adapted"], ", adapter")):
+        assert found["layers"]["lowered"] and not found["layers"]["refused"]
+        assert found["in_place"]["cases"] == found["cases"] == [f"{case}{ending}" for case in CASES]
+        assert found["in_place"]["difference"] <= found["in_place"]["tolerance"] == 1e-3 < found["tolerance"]
+
+
+@pytest.mark.parametrize("name", [MODEL, ADAPTED])
+def test_either_graph_that_computes_something_else_is_thrown_away(
+    name: str, built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimise = backend._Part._optimise
+
+    def break_weights(part: backend._Part, out: Path) -> None:
+        optimise(part, out)
+        if part.name == name:
+            data = np.fromfile(out / f"{name}.data", np.float32)
+            data[: len(data) // 2] *= 1.02
+            data.tofile(out / f"{name}.data")
+
+    monkeypatch.setattr(backend._Part, "_optimise", break_weights)
+    ending = "dense, adapter" if name == ADAPTED else "dense,"
+    with pytest.raises(ParityError, match=f"(other tokens|other logits) than its bundle's graph: {ending}"):
+        backend.build(Bundle.open(built["bundle"]), directory=tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_graphs_write_in_place_and_pick_the_largest_logits(
+    built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fstq_engines.shortlist.SMALLEST", 1)
+    monkeypatch.setattr("fstq_engines.shortlist.COUNT", 8)
+    bundle = Bundle.open(built["bundle"])
+    engine = backend.load(backend.build(bundle, directory=tmp_path / "engine"), bundle, threads=1)
+    given = (np.array([ids(20)]), np.arange(20)[None], np.full((1, len(engine.stages)), 20))
+    for one in (engine, engine.adapted([store.load(bundle, "med")])):
+        step = one.forward(*given, one.empty_cache(1))
+        assert isinstance(step.cache, SharedCache) and step.shortlist is not None
+        largest = np.argsort(-step.logits[0], kind="stable")[:8]
+        assert step.shortlist[0][0].tolist() == largest.tolist()
+        assert step.shortlist[1][0].tolist() == step.logits[0][largest].tolist()
+
+
+def test_room_for_both_graphs_is_asked_for(
+    built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, asked = Bundle.open(built["bundle"]), []
+    monkeypatch.setattr("fstq_engines.cache.require_disk", lambda _target, room: asked.append(room))
+    seen, optimise = [], backend._Part._optimise
+
+    def measured(part: backend._Part, out: Path) -> None:
+        optimise(part, out)
+        seen.append(sum(path.stat().st_size for path in out.rglob("*") if path.is_file()))
+
+    monkeypatch.setattr(backend._Part, "_optimise", measured)
+    backend.build(bundle, directory=tmp_path / "engine")
+    one = Lowering(bundle).disk
+    assert len(seen) == 2 and asked == [one * 3 // 2 + backend.BUILD_DISK] and max(seen) <= asked[0]
 
 
 def test_nothing_is_written_where_an_adapter_is_not_what_peft_computes(
@@ -380,6 +442,20 @@ def test_the_contract_is_measured_again(
         assert kept[0] != kept[1]
         with pytest.raises(EngineError, match="bring different probes"):
             generator.engine.adapted([med, None])
+
+
+def test_with_formats_the_contract_is_of_the_rounded_model_with_the_adapter(
+    built: dict[str, Path], calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fstq_export.calibrate.EPOCHS", 1)
+    monkeypatch.setattr("fstq_export.calibrate.STEPS", 2)
+    recipe, formats = Recipe(prune_layer=2, keep=1.0, max_quality_drop=0.9), Precision.parse("int4", None, None)
+    wanted = Wanted.parse([str(built["med"])])
+    done = export(Request(str(built["model"]), tmp_path / "b", recipe, calib, precision=formats, adapters=wanted))
+    found, bundle = (r["calibration"] for r in (done.report["adapters"]["med"], done.report))
+    # No token is dropped, so whatever is lost is lost by formats, against the adapted model without them.
+    assert found["bundle_probe"]["keeps"] == (1.0,) and found["bundle_probe"]["drop"] != 0
+    assert found["dense"]["nll"] != bundle["dense"]["nll"] and bundle["formats"] is not None
 
 
 def test_an_adapter_of_another_model_ends_the_export_at_once(built: dict[str, Path], tmp_path: Path) -> None:
