@@ -172,7 +172,8 @@ class _Part:
     def lower(self, out: Path, say: Progress) -> None:
         """Write the graph and its weights lowered and optimised into ``out``, and check what can be checked closely."""
         lowering = self.lowering
-        say(f"lowering {self.name}")
+        what = "the graph with adapters" if self.name == ADAPTED else "the graph"
+        say(f"lowering {what}")
         lowering.write(out / LOWERED)
         self.checks = {"layers": lowering.checked}
         if lowering.rounding:
@@ -185,7 +186,7 @@ class _Part:
             say("measuring what rounding inputs does")
             with lowering.temporary(out / LOWERED_PART, "rounded") as part:
                 self.written = self.outputs(part, self.name)
-        say(f"optimising {self.name}")
+        say(f"optimising {what}")
         self._optimise(out)
 
     def compared(self, out: Path) -> dict[str, Any]:
