@@ -19,7 +19,7 @@ import numpy as np
 from common import SHARED, target, write
 from fstq_export import data, source
 from fstq_export.calibrate import Calibrator
-from fstq_export.contract import Outcome, drop
+from fstq_export.contract import Outcome, drop, split
 from fstq_export.demo.run import MODEL
 from fstq_export.recipe import Recipe
 from fstq_export.reference import reference
@@ -94,7 +94,8 @@ def main() -> None:
         found = source.resolve(str(model), None)
         tokens = source.tokenizer(found)
         with reference(found, stream=False) as decoder:
-            calibrator = Calibrator(decoder, [data.encode(tokens, e) for e in examples], recipe, lambda *_: None)
+            parts = split([data.encode(tokens, e) for e in examples], recipe.seed)
+            calibrator = Calibrator(decoder, parts, recipe, lambda *_: None)
             result = calibrator.run()
             row: dict[str, Any] = {"model": name, "items": len(examples), "prune_layer": recipe.prune_layer}
             row |= {"layer": result.layers[0], "keep": result.keep, "claimed_drop": result.drop, "seed": recipe.seed}

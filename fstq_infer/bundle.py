@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
+from fstq_infer.adapters.info import FOLDER, path_of
+from fstq_infer.adapters.tensors import FILE_CAP
 from fstq_infer.atomic import PartialDirectory, atomic_directory, sha256_file
 from fstq_infer.errors import (
     BundleChecksumError,
@@ -57,6 +59,11 @@ class Bundle:
     manifest: Manifest
     manifest_sha256: str
 
+    @property
+    def model_sha256(self) -> str:
+        """Identity of everything but the adapters, on which engines depend: those come and go beside a built engine."""
+        return hashlib.sha256(replace(self.manifest, adapters={}).to_json().encode()).hexdigest()
+
     @classmethod
     def open(cls, path: str | os.PathLike[str], checksums: bool = True) -> Bundle:
         """Read and check a bundle in the order of the spec; ``checksums=False`` skips step 7, which reads every file.
@@ -71,14 +78,15 @@ class Bundle:
                 manifest = Manifest.from_json(data)
             except BundleError as error:  # its message starts with the file's name
                 raise type(error)(f"{path}{os.sep}{error}") from error
-            found = {name: _regular_size(path / name) for name in manifest.files}
+            files = _entries(path, manifest)
+            found = {name: _regular_size(path / name) for name in files}
             for name, size in found.items():
-                _check_size(path / name, manifest.files[name].bytes, FILE_CAPS[name])
-                if size != manifest.files[name].bytes:
+                _check_size(path / name, files[name].bytes, FILE_CAPS.get(name, FILE_CAP))
+                if size != files[name].bytes:
                     raise BundleSizeError(
-                        f"{path / name} has {size} bytes, the manifest says {manifest.files[name].bytes}. {REPAIR}"
+                        f"{path / name} has {size} bytes, the manifest says {files[name].bytes}. {REPAIR}"
                     )
-            for name, entry in manifest.files.items() if checksums else ():
+            for name, entry in files.items() if checksums else ():
                 digest = sha256_file(path / name, entry.bytes)
                 if digest != entry.sha256:
                     raise BundleChecksumError(
@@ -129,6 +137,8 @@ class BundleWriter:
         files = {}
         try:
             for name in sorted(os.listdir(self.path)):
+                if name == FOLDER and manifest.adapters:
+                    continue
                 if name not in FILE_CAPS:
                     raise BundlePathError(
                         f"{self.path} holds {show(name)}, which belongs to no bundle; expected only "
@@ -145,6 +155,15 @@ class BundleWriter:
             raise BundleError(f"{self.path} cannot be written: {error}. Check permissions and free space.") from error
         self._partial.commit()
         return Bundle(self._partial.out, checked, hashlib.sha256(data).hexdigest())
+
+
+def _entries(path: Path, manifest: Manifest) -> dict[str, FileEntry]:
+    """All files of a bundle by their path in it. Raises BundlePathError where the adapters' folder is a link."""
+    entries = dict(manifest.files)
+    if manifest.adapters and (path / FOLDER).is_symlink():
+        raise BundlePathError(f"{path / FOLDER} is a link, expected a folder inside the bundle. {REPAIR}")
+    entries |= {path_of(name): FileEntry(one.bytes, one.sha256) for name, one in manifest.adapters.items()}
+    return entries
 
 
 def _read_manifest(path: Path) -> bytes:

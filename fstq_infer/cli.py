@@ -52,6 +52,9 @@ LayerType = Annotated[
     str | None, typer.Option("--dtype", help="TensorRT: float16, bfloat16 or float32; default: float16.")
 ]
 Rank = Annotated[int | None, typer.Option(help="TensorRT: largest rank of an adapter; default: 64.")]
+Adapter = Annotated[str | None, typer.Option(help="Name of one of the bundle's adapters; default: none.")]
+adapters = typer.Typer(no_args_is_help=True, help="Adapters (LoRA) of a bundle: add, list, remove.")
+app.add_typer(adapters, name="adapter")
 
 
 def _ratios(text: str) -> list[float] | None:
@@ -172,6 +175,21 @@ def export(
         typer.Option(help="So many last prompt tokens always stay; default: 4 with calibration data, else 16."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="A LoRA adapter's folder (PEFT), or NAME=FOLDER, to choose at run time; may be repeated."),
+    ] = None,
+    adapter_targets: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers that adapters may change, such as q_proj,v_proj, or 'all', for adapters that are added later; "
+            "default: what the given ones change."
+        ),
+    ] = None,
+    adapter_rank: Annotated[int | None, typer.Option(help="Largest rank of an adapter; default: 64 or more.")] = None,
+    merge_adapter: Annotated[
+        Path | None, typer.Option(help="A LoRA adapter's folder (PEFT) that becomes part of the model for good.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     json: Json = False,
 ) -> None:
@@ -199,6 +217,10 @@ def export(
         target_latency=target_latency,
         profile=profile,
         tune_codes=tune_codes,
+        adapter=adapter or [],
+        adapter_targets=adapter_targets,
+        adapter_rank=adapter_rank,
+        merge_adapter=merge_adapter,
     )
 
 
@@ -280,6 +302,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     show_kept: Annotated[bool, typer.Option("--show-kept", help="Show the prompt, dropped tokens struck out.")] = False,
     chat_template: Annotated[bool, typer.Option("--chat", help="Put the prompt through the chat template.")] = False,
+    adapter: Adapter = None,
     threads: Threads = None,
     backend: Backend = "ort",
     json: Json = False,
@@ -288,6 +311,7 @@ def run(
     load("fstq_infer.commands:run", "fstq run", "ort")(
         bundle,
         prompt,
+        adapter=adapter,
         show_kept=show_kept,
         chat=chat_template,
         threads=threads,
@@ -314,12 +338,14 @@ def chat(
     max_tokens: MaxTokens = 256,
     temperature: Temperature = None,
     seed: Seed = None,
+    adapter: Adapter = None,
     threads: Threads = None,
     backend: Backend = "ort",
 ) -> None:
     """Talk to a bundle; the cache is kept between turns. An empty line or Ctrl-D ends."""
     load("fstq_infer.commands:chat", "fstq chat", "ort")(
         bundle,
+        adapter=adapter,
         system=system,
         threads=threads,
         backend=backend,
@@ -336,6 +362,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     keep: Annotated[str, typer.Option(help="Keep ratios to compare, with commas; 1.0 is dense.")] = "1.0,0.5,0.25",
     repeats: Annotated[int, typer.Option(help="Measured rounds; each runs every ratio in turn.")] = 5,
+    adapter: Adapter = None,
     threads: Threads = None,
     backend: Backend = "ort",
     json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
@@ -343,6 +370,7 @@ def bench(
     """Measure dense against pruned, interleaved; medians."""
     load("fstq_infer.commands:bench", "fstq bench", "ort")(
         bundle,
+        adapter=adapter,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         keeps=_ratios(keep),
@@ -400,6 +428,34 @@ def doctor(
     raise typer.Exit(
         load("fstq_infer.doctor.command:doctor", "fstq doctor", "ort")(json=json, record=record, replay=replay)
     )
+
+
+@adapters.command("add", epilog="Example: fstq adapter add my.bundle ./medical")
+def adapter_add(
+    bundle: Bundle,
+    folder: Annotated[str, typer.Argument(help="A LoRA adapter's folder (PEFT), or NAME=FOLDER.", show_default=False)],
+    name: Annotated[str | None, typer.Option(help="Its name in the bundle; default: the folder's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter of that name.")] = False,
+    json: Json = False,
+) -> None:
+    """Check an adapter and put it into a bundle; engines that are built stay valid."""
+    load("fstq_infer.commands:adapter_add", "fstq adapter", "ort")(bundle, folder, name=name, force=force, json=json)
+
+
+@adapters.command("list", epilog="Example: fstq adapter list my.bundle")
+def adapter_list(bundle: Bundle, json: Json = False) -> None:
+    """Show a bundle's adapters."""
+    load("fstq_infer.commands:adapter_list", "fstq adapter", "ort")(bundle, json=json)
+
+
+@adapters.command("remove", epilog="Example: fstq adapter remove my.bundle medical")
+def adapter_remove(
+    bundle: Bundle,
+    name: Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Take an adapter out of a bundle."""
+    load("fstq_infer.commands:adapter_remove", "fstq adapter", "ort")(bundle, name, json=json)
 
 
 @app.command(epilog="Example: fstq demo --out demo-out")

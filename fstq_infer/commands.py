@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fstq_infer.adapters import store
+from fstq_infer.adapters.info import check_name
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import OptionError
 from fstq_infer.lazy import load
@@ -63,6 +65,7 @@ def run(
     path: Path,
     prompt: str,
     *,
+    adapter: str | None,
     show_kept: bool,
     chat: bool,
     threads: int | None,
@@ -72,7 +75,7 @@ def run(
 ) -> None:
     """``fstq run``."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    generator = Generator.load(path, backend=backend, threads=threads)
+    generator = Generator.load(path, backend=backend, threads=threads, adapter=adapter)
     given = {name: value for name, value in options.items() if value is not None}
     if json:
         result = (
@@ -124,10 +127,16 @@ def kept_text(generator: Generator, result: Result) -> Text:
 
 
 def chat(
-    path: Path, *, system: str | None, threads: int | None, options: Mapping[str, Any], backend: str = "ort"
+    path: Path,
+    *,
+    adapter: str | None,
+    system: str | None,
+    threads: int | None,
+    options: Mapping[str, Any],
+    backend: str = "ort",
 ) -> None:
     """``fstq chat``."""
-    generator = Generator.load(path, backend=backend, threads=threads)
+    generator = Generator.load(path, backend=backend, threads=threads, adapter=adapter)
     session = generator.session(system=system) if system else generator.session()
     given = {name: value for name, value in options.items() if value is not None}
     while True:
@@ -150,6 +159,7 @@ def chat(
 def bench(
     path: Path,
     *,
+    adapter: str | None,
     prompt_tokens: int,
     new_tokens: int,
     keeps: Sequence[float] | None,
@@ -163,7 +173,7 @@ def bench(
         raise OptionError("--keep takes numbers here, such as 1.0,0.5,0.25")
     if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise OptionError(f"--json {json_file} cannot be written: it is a folder, or its folder does not exist")
-    generator = Generator.load(path, backend=backend, threads=threads)
+    generator = Generator.load(path, backend=backend, threads=threads, adapter=adapter)
     with notes.status("measuring"):
         report = measure(generator, prompt_tokens, new_tokens, keeps, repeats)
     out.print(bench_table(report))
@@ -171,6 +181,50 @@ def bench(
         partial = json_file.with_name(f".{json_file.name}.partial")
         partial.write_text(jsonlib.dumps(report.to_json(), indent=1), encoding="utf-8")
         partial.replace(json_file)
+
+
+def adapter_add(path: Path, given: str, *, name: str | None, force: bool, json: bool) -> None:
+    """``fstq adapter add``."""
+    chosen, folder = (check_name(name), Path(given)) if name is not None else store.named(given)
+    bundle = store.add(path, chosen, folder, force=force)
+    if json:
+        out.print_json(data={"adapter": chosen, **bundle.manifest.adapters[chosen].to_json()})
+        return
+    out.print(f"added {chosen}: rank {bundle.manifest.adapters[chosen].rank}; built engines stay valid")
+    if bundle.manifest.stages:
+        out.print("the quality contract was not measured with it; 'fstq export --adapter' does that")
+
+
+def adapter_list(path: Path, *, json: bool) -> None:
+    """``fstq adapter list``."""
+    bundle = Bundle.open(path, checksums=False)
+    found = bundle.manifest.adapters
+    if json:
+        out.print_json(data={name: one.to_json() for name, one in found.items()})
+        return
+    if bundle.manifest.lora is None:
+        out.print("this bundle takes no adapters; export the model again with --adapter or --adapter-targets")
+        return
+    table = Table(
+        title=f"{len(bundle.manifest.lora.linears)} layers take adapters up to rank {bundle.manifest.lora.rank}"
+    )
+    for column in ("name", "rank", "KiB", "trained on", "contract"):
+        table.add_column(column, justify="right" if column in ("rank", "KiB") else "left")
+    for name, one in found.items():
+        contract = one.pruning.contract if one.pruning is not None else None
+        kept = "not measured" if contract is None else "met" if contract.met else "not met: dense"
+        own = ", own probe" if one.probe else ""
+        table.add_row(name, str(one.rank), f"{one.bytes / 1024:.0f}", one.base, kept + own)
+    out.print(table)
+
+
+def adapter_remove(path: Path, name: str, *, json: bool) -> None:
+    """``fstq adapter remove``."""
+    bundle = store.remove(path, name)
+    if json:
+        out.print_json(data={"removed": name, "adapters": sorted(bundle.manifest.adapters)})
+        return
+    out.print(f"removed {name}; built engines stay valid")
 
 
 def bench_table(report: BenchReport) -> Table:

@@ -83,6 +83,26 @@ class ParityError(EngineError):
     """A built engine does not compute what its bundle does."""
 
 
+class AdapterError(FstqError):
+    """An adapter cannot be used; subclasses say why."""
+
+
+class AdapterFormatError(AdapterError):
+    """An adapter's files are absent, damaged or larger than allowed."""
+
+
+class AdapterKindError(AdapterError):
+    """An adapter is of a kind, or has an option, that is not supported; the message names it."""
+
+
+class AdapterMismatchError(AdapterError):
+    """An adapter does not fit the model or the bundle."""
+
+
+class AdapterNameError(AdapterError):
+    """A bundle has no adapter of that name, or has one already, or it is no name."""
+
+
 class PromptError(FstqError):
     """A prompt is empty, too long or otherwise unusable."""
 

@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from fstq_infer.adapters.info import AdapterInfo, infos
+from fstq_infer.adapters.ports import LoraPorts
 from fstq_infer.errors import BundlePathError, BundleVersionError, ManifestError
 from fstq_infer.runtime.engine import Stage
 from fstq_infer.runtime.options import Auto
@@ -108,19 +110,24 @@ class Manifest:
     generation: GenerationDefaults
     provenance: Provenance
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    lora: LoraPorts | None = None  # what the graph's inputs for adapters are, if it has any
+    adapters: Mapping[str, AdapterInfo] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The same text for equal manifests. Raises ManifestError for a value that JSON does not have, like NaN."""
+        graph = {"contract": GRAPH_CONTRACT, "stages": [asdict(stage) for stage in self.stages]}
         data = {
             "format": FORMAT,
             "version": VERSION,
             "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
             "model": asdict(self.model),
-            "graph": {"contract": GRAPH_CONTRACT, "stages": [asdict(stage) for stage in self.stages]},
+            "graph": graph if self.lora is None else graph | {"lora": self.lora.to_json()},
             "pruning": asdict(self.pruning),
             "generation": asdict(self.generation),
             "provenance": asdict(self.provenance) | {"libraries": dict(sorted(self.provenance.libraries.items()))},
         }
+        if self.adapters:
+            data["adapters"] = {name: one.to_json() for name, one in sorted(self.adapters.items())}
         try:
             return json.dumps(data, indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
@@ -148,8 +155,14 @@ class Manifest:
         }
         for name in REQUIRED_FILES:
             entries.nested(name)
-        model = _model(top.nested("model"))
-        stages = _stages(top.nested("graph"), model.layers)
+        model, graph = _model(top.nested("model")), top.nested("graph")
+        stages = _stages(graph, model.layers)
+        lora = None if graph.data.get("lora") is None else LoraPorts.from_json(graph.nested("lora"), model.layers)
+        adapters: Mapping[str, AdapterInfo] = {}
+        if top.data.get("adapters") is not None:
+            adapters = infos(top.nested("adapters"), lambda data: _pruning(data, len(stages)))
+        if adapters and lora is None:
+            raise graph.bad("lora", "an object, since there are adapters")
         manifest = cls(
             model=model,
             stages=stages,
@@ -157,6 +170,8 @@ class Manifest:
             generation=_generation(top.nested("generation"), model.vocab_size),
             provenance=_provenance(top.nested("provenance")),
             files=files,
+            lora=lora,
+            adapters=adapters,
         )
         for name in files:
             if name not in FILE_CAPS:

@@ -12,27 +12,28 @@ from typing import Any
 
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, MissingExtraError
-from fstq_infer.runtime.ort import MODEL, import_onnxruntime, session_options
+from fstq_infer.runtime.ort import ADAPTED, MODEL, import_onnxruntime, session_options
 
 WEIGHTS = "model.onnx.data"
 _log = logging.getLogger(__name__)
 
 
 class Lowering:
-    """What lowering a bundle takes, before and after it is done.
+    """What lowering one of an engine's graphs takes, before and after it is done.
 
-    memory, disk: bytes that a build needs at most for weights. in_place: whether caches are written in place.
-    rounding: layers whose inputs are rounded, and checked: what their kernels differ by, both after :meth:`write`.
+    name: ADAPTED, or MODEL, which has no inputs for adapters. memory, disk: bytes that a build needs at most for
+    weights. in_place: whether caches are written in place. rounding: layers whose inputs are rounded, and checked: what
+    their kernels differ by, both after :meth:`write`.
     Raises MissingExtraError without onnx-ir, EngineError for a graph that cannot be read.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, name: str = MODEL) -> None:
         try:
             import onnx_ir
         except ModuleNotFoundError as error:
             raise MissingExtraError("Building an engine", error.name or "onnx_ir", "ort") from error
         self.ir: Any = onnx_ir
-        self.bundle, self.rounding = bundle, 0
+        self.bundle, self.name, self.rounding = bundle, name, 0
         self.checked: Mapping[str, Any] = {}
         self._borders = [stage.layer for stage in bundle.manifest.stages]
         model = self._load()
@@ -51,7 +52,7 @@ class Lowering:
 
     @contextmanager
     def temporary(self, out: Path, what: str) -> Iterator[Path]:
-        """The bundle's graph with one change: "in place", its caches, or "rounded", its layers' inputs."""
+        """The graph before lowering with one change: "in place", its caches, or "rounded", its layers' inputs."""
         from fstq_engines.rounding import RoundedInputs
 
         try:
@@ -66,6 +67,11 @@ class Lowering:
 
         return [StaticCache(self._borders), Shortlist()] if self.in_place else []
 
+    def _without_adapters(self) -> list[Any]:
+        from fstq_engines.lora import WithoutAdapters
+
+        return [] if self.bundle.manifest.lora is None or self.name == ADAPTED else [WithoutAdapters()]
+
     def _load(self) -> Any:
         path = self.bundle.file(MODEL)
         try:
@@ -75,6 +81,7 @@ class Lowering:
 
     def _passed(self, *passes: Any) -> Any:
         path, model = self.bundle.file(MODEL), self._load()
+        passes = (*self._without_adapters(), *passes)
         if not passes:
             return model
         try:
@@ -87,7 +94,7 @@ class Lowering:
     def _save(self, model: Any, out: Path) -> None:
         try:
             out.mkdir()
-            self.ir.save(model, out / MODEL, external_data=WEIGHTS)
+            self.ir.save(model, out / self.name, external_data=f"{self.name}.data")
         except OSError as error:
             raise EngineError(f"{out.parent} cannot be written: {error}. Free some space, and build again.") from error
         del model

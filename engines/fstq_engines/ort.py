@@ -23,11 +23,12 @@ from fstq_engines import cache, lower, parity
 from fstq_engines.cache import SIDECAR, Identity, Sidecar
 from fstq_engines.external import check_external_data
 from fstq_engines.lower import WEIGHTS
+from fstq_infer.adapters.store import Adapter
 from fstq_infer.atomic import atomic_directory, sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
 from fstq_infer.errors import BundleError, EngineError
 from fstq_infer.machine import peak_rss
-from fstq_infer.runtime.ort import MODEL, OrtEngine, brief, import_onnxruntime, session_options
+from fstq_infer.runtime.ort import ADAPTED, MODEL, OrtEngine, brief, import_onnxruntime, session_options
 
 BACKEND, LOWERED, LOWERED_PART = "onnxruntime", "lowered", "part"
 INLINE_BYTES = 1024  # smaller initializers stay in the graph
@@ -87,7 +88,7 @@ def load(
 
 def identity(bundle: Bundle) -> Identity:
     """What an engine for this bundle, built here and now, would depend on."""
-    return Identity(bundle.manifest_sha256, BACKEND, import_onnxruntime().__version__, cache.this_cpu())
+    return Identity(bundle.model_sha256, BACKEND, import_onnxruntime().__version__, cache.this_cpu())
 
 
 def _is_usable(target: Path, wanted: Identity, bundle: Bundle, checksums: bool) -> bool:
@@ -106,53 +107,35 @@ def _is_usable(target: Path, wanted: Identity, bundle: Bundle, checksums: bool) 
 def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, say: Progress) -> None:
     started = time.monotonic()
     say(f"checking the bundle {bundle.path}")
-    if Bundle.open(bundle.path).manifest_sha256 != wanted.bundle_sha256:
+    if Bundle.open(bundle.path).model_sha256 != wanted.bundle_sha256:
         raise EngineError(f"{bundle.path} has changed since it was opened. Wait until it is written, and try again.")
     files = [name for name in (MODEL, WEIGHTS) if name in bundle.manifest.files]
     check_external_data(bundle.file(MODEL), files[1:])
-    lowering = lower.Lowering(bundle)
-    cache.require_memory(lowering.memory + BUILD_MEMORY)
-    cache.require_disk(target, lowering.disk + BUILD_DISK)
-    made = parity.cases(bundle.manifest.model, bundle.manifest.stages)
-
-    def outputs(directory: Path) -> list[parity.Output]:
-        """One session at a time: each is gone before the next is opened."""
-        gc.collect()
-        return parity.run(OrtEngine(directory, bundle, threads=threads), made)
-
+    parts = [_Part(bundle, name, threads) for name in graphs_of(bundle)]
+    cache.require_memory(max(part.lowering.memory for part in parts) + BUILD_MEMORY)
+    # One graph at a time takes all that lowering says; of those before stays what is optimised, half of that.
+    disk = max(part.lowering.disk for part in parts) * (1 + len(parts)) // 2
+    cache.require_disk(target, disk + BUILD_DISK)
     say("running the bundle's own graph")
-    dtype, expected = bundle.manifest.model.dtype, outputs(bundle.path)
+    for part in parts:
+        part.expected = part.outputs(bundle.path)
     try:
         with atomic_directory(target, overwrite=True, marker=SIDECAR) as partial:
-            say("lowering the graph")
-            lowering.write(partial / LOWERED)
-            written: list[parity.Output] = []
-            checks: dict[str, Any] = {"layers": lowering.checked}
-            if lowering.rounding:
-                # The whole engine cannot be compared closely; its parts can.
-                if lowering.in_place:
-                    say("checking caches in place")
-                    with lowering.temporary(partial / LOWERED_PART, "in place") as part:
-                        checks["in_place"] = asdict(parity.compare(made, expected, outputs(part), dtype))
-                say("measuring what rounding inputs does")
-                with lowering.temporary(partial / LOWERED_PART, "rounded") as part:
-                    written = outputs(part)
-            say("optimising the graph")
-            _optimise(bundle, partial, threads)
+            for part in parts:
+                part.lower(partial, say)
+            if len(parts) > 1:
+                from fstq_engines.lora import share_weights
+
+                share_weights(partial, *(part.name for part in parts))
             say("comparing the engine with the bundle")
-            found = outputs(partial)
-            result = (
-                parity.compare_rounded(made, expected, written, found, dtype)
-                if lowering.rounding
-                else parity.compare(made, expected, found, dtype)
-            )
+            found = {part.name: part.compared(partial) for part in parts}
             sidecar = Sidecar(
                 identity=wanted,
                 bundle_path=str(bundle.path.absolute()),
                 files={p.name: FileEntry(p.stat().st_size, sha256_file(p)) for p in sorted(partial.iterdir())},
                 build_seconds=round(time.monotonic() - started, 3),
                 peak_rss_bytes=peak_rss(),
-                parity=asdict(result) | checks,
+                parity=found[MODEL] | ({"adapted": found[ADAPTED]} if ADAPTED in found else {}),
             )
             (partial / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
     except BundleError as error:  # of atomic_directory, whose messages speak for themselves
@@ -160,20 +143,80 @@ def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, 
     say(f"built {target} in {sidecar.build_seconds:.1f} s")
 
 
-def _optimise(bundle: Bundle, out: Path, threads: int | None) -> None:
-    """Write the lowered graph and its weights optimised into ``out``."""
-    ort, options = import_onnxruntime(), session_options(threads)
-    gc.collect()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.optimized_model_filepath = str(out / MODEL)
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
-    options.add_session_config_entry(
-        "session.optimized_model_external_initializers_min_size_in_bytes", str(INLINE_BYTES)
-    )
-    try:
-        ort.InferenceSession(str(out / LOWERED / MODEL), options, providers=["CPUExecutionProvider"], enable_fallback=0)
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise EngineError(
-            f"onnxruntime {ort.__version__} cannot optimise {bundle.file(MODEL)}: {brief(error)}"
-        ) from error
-    shutil.rmtree(out / LOWERED)
+def graphs_of(bundle: Bundle) -> tuple[str, ...]:
+    """The graphs that an engine for this bundle has."""
+    return (MODEL,) if bundle.manifest.lora is None else (MODEL, ADAPTED)
+
+
+class _Part:
+    """One of an engine's graphs: lowered, optimised, and compared with the bundle's own, with an adapter if it can."""
+
+    def __init__(self, bundle: Bundle, name: str, threads: int | None) -> None:
+        manifest = bundle.manifest
+        self.bundle, self.name, self.threads = bundle, name, threads
+        self.lowering = lower.Lowering(bundle, name)
+        self.made = parity.cases(manifest.model, manifest.stages)
+        self.adapter: Adapter | None = None
+        if name == ADAPTED and manifest.lora is not None:
+            self.made = parity.adapted(self.made)
+            self.adapter = parity.random_adapter(manifest.lora, manifest.model.dtype)
+        self.expected: list[parity.Output] = []
+        self.written: list[parity.Output] = []
+        self.checks: dict[str, Any] = {}
+
+    def outputs(self, directory: Path, name: str = MODEL) -> list[parity.Output]:
+        """One session at a time: each is gone before the next is opened."""
+        gc.collect()
+        return parity.run(OrtEngine(directory, self.bundle, threads=self.threads, model=name), self.made, self.adapter)
+
+    def lower(self, out: Path, say: Progress) -> None:
+        """Write the graph and its weights lowered and optimised into ``out``, and check what can be checked closely."""
+        lowering = self.lowering
+        what = "the graph with adapters" if self.name == ADAPTED else "the graph"
+        say(f"lowering {what}")
+        lowering.write(out / LOWERED)
+        self.checks = {"layers": lowering.checked}
+        if lowering.rounding:
+            # The whole engine cannot be compared closely; its parts can.
+            if lowering.in_place:
+                say("checking caches in place")
+                with lowering.temporary(out / LOWERED_PART, "in place") as part:
+                    found = parity.compare(self.made, self.expected, self.outputs(part, self.name), self._dtype)
+                    self.checks["in_place"] = asdict(found)
+            say("measuring what rounding inputs does")
+            with lowering.temporary(out / LOWERED_PART, "rounded") as part:
+                self.written = self.outputs(part, self.name)
+        say(f"optimising {what}")
+        self._optimise(out)
+
+    def compared(self, out: Path) -> dict[str, Any]:
+        """For the sidecar. Raises ParityError where the graph computes something else than the bundle's."""
+        found = self.outputs(out, self.name)
+        result = (
+            parity.compare_rounded(self.made, self.expected, self.written, found, self._dtype)
+            if self.lowering.rounding
+            else parity.compare(self.made, self.expected, found, self._dtype)
+        )
+        return asdict(result) | self.checks
+
+    @property
+    def _dtype(self) -> str:
+        return self.bundle.manifest.model.dtype
+
+    def _optimise(self, out: Path) -> None:
+        ort, options = import_onnxruntime(), session_options(self.threads)
+        gc.collect()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.optimized_model_filepath = str(out / self.name)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{self.name}.data")
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", str(INLINE_BYTES)
+        )
+        try:
+            lowered = str(out / LOWERED / self.name)
+            ort.InferenceSession(lowered, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise EngineError(
+                f"onnxruntime {ort.__version__} cannot optimise {self.bundle.file(MODEL)}: {brief(error)}"
+            ) from error
+        shutil.rmtree(out / LOWERED)

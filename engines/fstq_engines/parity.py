@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fstq_infer.adapters.ports import LoraPorts
+from fstq_infer.adapters.store import DTYPES, Adapter
 from fstq_infer.bundle import ModelInfo
 from fstq_infer.errors import ParityError
 from fstq_infer.runtime.engine import Engine, Float32, Int64, Stage
@@ -22,6 +25,7 @@ MARGIN = 2.0  # of what rounding alone does to logits and kept tokens
 LEAST_TOKENS = 2  # other kept tokens that are allowed in any case, per row
 LONG, SHORT, SMALL_MODEL = 96, 32, 50_000_000  # tokens of a prefill; parameters up to which it is the long one
 DECODE_STEPS = 4
+RANK, GAIN = 3, 0.1  # of a random adapter
 SEED, SHARE = 0, 600_000  # millionths of the score mass that stay where a prompt is pruned adaptively
 
 
@@ -78,25 +82,43 @@ def cases(model: ModelInfo, stages: Sequence[Stage]) -> list[Case]:
     return made
 
 
-def run(engine: Engine, made: Sequence[Case]) -> list[Output]:
-    """What an engine makes of the cases."""
+def run(engine: Engine, made: Sequence[Case], adapter: Adapter | None = None) -> list[Output]:
+    """What an engine makes of the cases. adapter: of each case's last row."""
     outputs = []
     for case in made:
+        one = engine.adapted([None] * (len(case.rows) - 1) + [adapter]) if adapter is not None else engine
         lengths = [len(row) - DECODE_STEPS for row in case.rows]
         ids = np.zeros((len(lengths), max(lengths)), np.int64)
         positions = np.full_like(ids, -1)
         for row, (tokens, length) in enumerate(zip(case.rows, lengths, strict=True)):
             ids[row, -length:] = tokens[:length]
             positions[row, -length:] = np.arange(length)
-        step = engine.forward(ids, positions, case.keep, engine.empty_cache(len(lengths)))
+        step = one.forward(ids, positions, case.keep, one.empty_cache(len(lengths)))
         kept, logits = step.kept, [step.logits.copy()]
         for number in range(DECODE_STEPS):
             ids = np.array([[tokens[length + number]] for tokens, length in zip(case.rows, lengths, strict=True)])
             positions = np.array([[length + number] for length in lengths], np.int64)
-            step = engine.forward(ids, positions, np.ones_like(case.keep), step.cache)
+            step = one.forward(ids, positions, np.ones_like(case.keep), step.cache)
             logits.append(step.logits.copy())
         outputs.append(Output(tuple(logits), kept))
     return outputs
+
+
+def adapted(made: Sequence[Case]) -> list[Case]:
+    """The cases again, for an adapter."""
+    return [replace(case, name=f"{case.name}, adapter") for case in made]
+
+
+def random_adapter(ports: LoraPorts, dtype: str) -> Adapter:
+    """One of random numbers that changes every layer that can be changed."""
+    rng = np.random.default_rng(SEED)
+    arrays: dict[str, NDArray[np.float64]] = {}
+    rank = min(RANK, ports.rank)
+    for one in ports.linears:
+        a, b = rng.standard_normal((one.inputs, rank)), rng.standard_normal((rank, one.outputs))
+        arrays |= dict(zip(one.ports, (a * one.inputs**-0.5, b * GAIN), strict=True))
+    kind = DTYPES.get(dtype, np.dtype(np.float32))
+    return Adapter("random", {name: array.astype(kind) for name, array in arrays.items()}, False, None)
 
 
 ADVICE = "Nothing was kept. Please report the model and these versions; another onnxruntime version may do better."

@@ -25,7 +25,6 @@ from fstq_export.contract import (
     candidate_layers,
     interval,
     smallest_allowed,
-    split,
     within,
 )
 from fstq_export.heldout import HeldOut, Trial, training_cuts
@@ -84,14 +83,15 @@ class Calibration:
 class Calibrator:
     """One calibration run over a resident model.
 
-    exact: the held-out items' outcome before the model's weights got formats, if they have some: what the contract
-    allows to be lost, formats and pruning may lose together.
+    parts: training and held-out items, see :func:`fstq_export.contract.split`. exact: the held-out items' outcome
+    before the model's weights got formats, if they have some: what the contract allows to be lost, formats and pruning
+    may lose together.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        items: Sequence[Item],
+        parts: tuple[Sequence[Item], Sequence[Item]],
         recipe: Recipe,
         progress: Progress,
         exact: Outcome | None = None,
@@ -103,7 +103,7 @@ class Calibrator:
             raise OptionError("this model has one decoder layer, nothing to prune before; export without --calib")
         recipe.check_layers(self.layers)
         self.candidates = list(recipe.layers[:1]) or candidate_layers(self.layers)
-        self.training, self.held = split(items, recipe.seed)
+        self.training, self.held = parts
         self.seconds: dict[str, float] = {}
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from fstq_export.adapters import Wanted
 from fstq_export.pipeline import Done, Request
 from fstq_export.pipeline import export as run_export
 from fstq_export.recipe import Recipe
@@ -65,14 +66,32 @@ def export(
     target_latency: str | None,
     profile: str | None,
     tune_codes: int | None,
+    adapter: list[str],
+    adapter_targets: str | None,
+    adapter_rank: int | None,
+    merge_adapter: Path | None,
 ) -> None:
     """``fstq export``."""
     recipe = Recipe(prune_layer, keep, max_quality_drop, score, sink, window, seed)
     formats = Precision.parse(precision, bits, bytes, target_latency, profile, tune_codes)
-    request = Request(model, out, recipe, calib, calib_items, max_prompt, dtype, force, revision, formats)
+    adapters = Wanted.parse(adapter, adapter_targets, adapter_rank, merge_adapter)
+    request = Request(model, out, recipe, calib, calib_items, max_prompt, dtype, force, revision, formats, adapters)
     with bars() as progress:
         done = run_export(request, progress)
     show(done, json)
+
+
+def adapter_verdict(name: str, found: Mapping[str, Any]) -> str:
+    """What was found out about an adapter, in one sentence."""
+    logits = found["verification"]["dense"]["logits"]
+    said = f"adapter {name}: logits within {logits:.1e} of Transformers"
+    again = found.get("calibration")
+    if again is None:
+        return f"{said}; the quality contract was not measured with it"
+    with_probe = "a probe of its own" if again["own_probe"] is not None else "the bundle's probe"
+    if again["met"]:
+        return f"{said}; the quality contract holds with {with_probe} at keep {again['keeps'][-1]:g}"
+    return f"{said}; THE QUALITY CONTRACT BREAKS with it: by default it runs at keep {again['keeps'][-1]:g}"
 
 
 def show(done: Done, json: bool) -> None:
@@ -95,6 +114,8 @@ def show(done: Done, json: bool) -> None:
     agrees = f"; pruned within {pruned['logits']:.1e}" if pruned else ""
     steps = f"prefill and {checked['decode_steps']} decode steps"
     out.print(f"verified: logits within {checked['dense']['logits']:.1e} of Transformers over {steps}{agrees}")
+    for name, found in done.report["adapters"].items():
+        out.print(adapter_verdict(name, found))
     size, memory = done.report["graph"]["bytes"] / 2**20, done.peak_rss / 2**30
     out.print(f"bundle {done.path}: {size:.1f} MiB, {done.seconds:.1f} s, peak memory {memory:.2f} GiB")
     out.print(f"next: fstq run {done.path} 'your prompt'        evidence: {done.path / 'report.html'}")

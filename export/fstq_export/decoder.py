@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 from mobius import build as mobius_build
 
 from fstq_export.passes.last_token import LastTokenLogits
+from fstq_export.passes.lora import LoraInputs
 from fstq_export.passes.positions import KeyPositions
 from fstq_export.passes.pruning import PruneStage, TokenPruning
 from fstq_export.passes.quantize import Prints, QuantizeWeights
@@ -18,6 +19,7 @@ from fstq_export.passes.rotary import RotaryTables
 from fstq_export.passes.tied_head import TiedHead
 from fstq_export.reference import rotary_module
 from fstq_export.source import Source
+from fstq_infer.adapters.ports import LoraPorts
 from fstq_infer.errors import ExportError, FstqError, UnsupportedModelError
 from fstq_infer.quant.codes import Quantized
 
@@ -33,10 +35,12 @@ def build_graph(
     stages: Sequence[PruneStage],
     weights: Mapping[str, Quantized] | None = None,
     prints: Mapping[str, Prints] | None = None,
+    adapters: Callable[[ir.Graph], LoraPorts] | None = None,
 ) -> ir.Model:
     """The whole graph of docs/bundle-format.md. Raises UnsupportedModelError naming architecture and reason.
 
     weights: codes by name, of weights that are to be stored in a format; prints: see :class:`QuantizeWeights`.
+    adapters: tells which inputs for adapters the finished graph gets, its weights still numbers.
     """
     try:
         with warnings.catch_warnings():
@@ -62,29 +66,35 @@ def build_graph(
     tied = bool(getattr(config, "tie_word_embeddings", False))
     layer_types = getattr(config, "layer_types", None)
     rotary = RotaryTables(rotary_module(config), layer_types, int(config.max_position_embeddings))
-    passes = (
+    passes: list[ir.passes.PassBase] = [
         rotary,
         KeyPositions(source.windows),
         TokenPruning(stages, source.windows),
         LastTokenLogits(),
         TiedHead(tied),
-        *([QuantizeWeights(weights, prints or {})] if weights else []),
-    )
-    for step in passes:
-        try:
-            step(model)
-        except FstqError as error:
-            raise type(error)(f"{source.architecture}: {error}") from error
-        except Exception as error:
-            reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
-            raise UnsupportedModelError(
-                f"{source.architecture}: pass {type(step).__name__} failed ({reason})"
-            ) from error
+    ]
+    _apply(passes, model, source.architecture)
+    if adapters is not None:
+        ports = adapters(model.graph)
+        _apply([LoraInputs(ports.linears, sorted(ports.probes))], model, source.architecture)
+    if weights:
+        _apply([QuantizeWeights(weights, prints or {})], model, source.architecture)
     if rotary.mended:
         _log.info("rotary embedding mended from the model's own: %s", ", ".join(rotary.mended))
     # Nothing in the graph needs opset 24, and ONNX Runtime for Python 3.10 (JetPack 6) ends at opset 23, IR version 10.
     model.graph.opset_imports[""], model.ir_version = OPSET, IR_VERSION
     return model
+
+
+def _apply(passes: Sequence[ir.passes.PassBase], model: ir.Model, architecture: str) -> None:
+    for step in passes:
+        try:
+            step(model)
+        except FstqError as error:
+            raise type(error)(f"{architecture}: {error}") from error
+        except Exception as error:
+            reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+            raise UnsupportedModelError(f"{architecture}: pass {type(step).__name__} failed ({reason})") from error
 
 
 def save(model: ir.Model, folder: Path) -> None:

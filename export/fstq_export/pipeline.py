@@ -5,29 +5,37 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fstq_export import data, decoder, precision, report, source, timing, verify
+from fstq_export import adapters, data, decoder, linears, precision, report, source, timing, verify
+from fstq_export.adapters import Wanted
 from fstq_export.calibrate import SHOWN, Calibration, Calibrator
 from fstq_export.continuation import with_continuations
-from fstq_export.contract import split
+from fstq_export.contract import Outcome, split
 from fstq_export.heldout import whole_outcome
 from fstq_export.meter import quantize_in_place, rounding_inputs
+from fstq_export.passes.probe import graph_weights
 from fstq_export.passes.pruning import PruneStage
+from fstq_export.recheck import Recheck, recheck
 from fstq_export.recipe import Recipe
 from fstq_export.reference import parameter_count, reference
 from fstq_export.sensitivity import weights
 from fstq_export.source import Source
 from fstq_export.wanted import Precision
+from fstq_infer.adapters import fit, peft, store
+from fstq_infer.adapters.info import FOLDER, AdapterInfo, path_of
+from fstq_infer.adapters.ports import LoraPorts
 from fstq_infer.bundle import BundleWriter, Contract, GenerationDefaults, Manifest, ModelInfo, Provenance, Pruning
 from fstq_infer.errors import ExportError, OptionError
 from fstq_infer.fisher.hooks import Decoder
@@ -74,6 +82,7 @@ class Request:
     overwrite: bool = False
     revision: str | None = None
     precision: Precision = field(default_factory=Precision)
+    adapters: Wanted = field(default_factory=lambda: Wanted({}))
 
     def __post_init__(self) -> None:
         if self.dtype not in decoder.DTYPES:
@@ -104,7 +113,11 @@ class Export:
         self.request, self.progress = request, progress
         self.steps: dict[str, float] = {}
         self.parameters = 0  # known once the model's configuration is read
+        self.training: list[Item] = []  # what calibration learnt from
         self.quantized: precision.Result | None = None
+        self.ports: LoraPorts | None = None
+        self.rechecked: dict[str, Recheck] = {}
+        self.adapted: dict[str, dict[str, Any]] = {}  # for the report
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
@@ -118,10 +131,14 @@ class Export:
         """Export; the bundle appears whole at ``request.out`` or not at all."""
         began = time.monotonic()
         request = self.request
-        with BundleWriter(request.out, overwrite=request.overwrite) as writer:
+        with ExitStack() as stack, BundleWriter(request.out, overwrite=request.overwrite) as writer:
             examples = data.read(request.calib) if request.calib else []
             with self._step("read model"):
                 model = source.resolve(request.model, request.revision)
+                if request.adapters.merge is not None:
+                    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fstq-merged-"))) / "model"
+                    model = stack.enter_context(adapters.merged(model, request.adapters.merge, scratch))
+                self._check_adapters(model)
                 tokens = source.tokenizer(model)
                 generation = source.generation_defaults(model)
                 self.parameters = parameter_count(model.config)
@@ -137,16 +154,23 @@ class Export:
             stages = self._stages(model, calibration)
             if self.quantized:
                 (writer.path / plans.NAME).write_text(self.quantized.plan.to_toml(), encoding="utf-8")
+            if calibration is not None and stages and request.adapters.given:
+                with self._step("check adapters"):
+                    self._recheck(model, calibration, held)
             with self._step("build graph"):
-                codes = (self.quantized.weights, self.quantized.prints) if self.quantized else ()
-                graph = decoder.build_graph(model, request.dtype, stages, *codes)
+                codes, prints = (self.quantized.weights, self.quantized.prints) if self.quantized else (None, None)
+                ports = partial(self._ports, model) if request.adapters.any else None
+                graph = decoder.build_graph(model, request.dtype, stages, codes, prints, ports)
                 nodes = len(graph.graph)
             with self._step("write weights"):
                 decoder.save(graph, writer.path)
             del graph
             gc.collect()  # the checkpoint stays mapped as long as the graph is referenced
             with self._step("verify"):
-                checked = self._verify(model, writer.path, stages, held, tokens)
+                checked = self._verify(model, writer.path, stages, held)
+                for name, adapter in request.adapters.read().items():
+                    found = self._verify(model, writer.path, stages, held, name, adapter)
+                    self.adapted.setdefault(name, {})["verification"] = found.to_json()
             with self._step("measure times"):
                 times = timing.measure(
                     writer.path,
@@ -163,7 +187,8 @@ class Export:
                 content = self._report(model, tokens, calibration, left_out, checked, stages, nodes, writer.path, began)
                 content["timing"] = times
                 report.write_report(writer.path, content)
-                bundle = writer.commit(self._manifest(model, calibration, stages, generation))
+                manifest = self._manifest(model, calibration, stages, generation)
+                bundle = writer.commit(replace(manifest, lora=self.ports, adapters=self._adapters(model, writer.path)))
         return Done(bundle.path, content, time.monotonic() - began, peak_rss())
 
     def _calibrate(
@@ -190,17 +215,17 @@ class Export:
                 fitting = with_continuations(
                     frozen, fitting, CONTINUATION, limit, lambda n: self.progress("continue plain texts", n, total)
                 )
+            self.training, held = split(fitting, request.recipe.seed)
+            parts = self.training, held
             if not request.precision.wanted:
-                calibrator = Calibrator(frozen, fitting, request.recipe, self.progress)
-                return calibrator.run(), calibrator.held, left_out
+                return Calibrator(frozen, parts, request.recipe, self.progress).run(), held, left_out
             # Probe and contract are of the model as it will be computed, beside the one that it was.
-            training, held = split(fitting, request.recipe.seed)
             exact = whole_outcome(frozen, held)
-            found = self._quantize(frozen, training, held)
-            calibrator = Calibrator(frozen, fitting, request.recipe, self.progress, exact)
+            found = self._quantize(frozen, self.training, held)
+            calibrator = Calibrator(frozen, parts, request.recipe, self.progress, exact)
             quantize_in_place(frozen, found.weights)
             with rounding_inputs(weights(frozen), found.weights):
-                return calibrator.run(), calibrator.held, left_out
+                return calibrator.run(), held, left_out
 
     def _quantize(self, frozen: Decoder, training: Sequence[Item], held: Sequence[Item]) -> precision.Result:
         """Give every weight a format."""
@@ -208,6 +233,70 @@ class Export:
         planner = precision.Planner(frozen, request.precision, request.dtype, request.recipe.seed, self.progress)
         self.quantized = planner.run(training, held)
         return self.quantized
+
+    def _check_adapters(self, model: Source) -> None:
+        """Raise for an adapter that does not fit, before minutes of calibration."""
+        shapes, layers = linears.shapes_of(model) if self.request.adapters.given else ({}, {})
+        for adapter in self.request.adapters.read().values():
+            fit.check_base(adapter, model.sha256)
+            peft.check_targets(adapter, shapes, layers)
+
+    def _recheck(self, model: Source, calibration: Calibration, held: Sequence[Item]) -> None:
+        """Calibration again with each adapter, on the model as it will be computed."""
+        codes = self.quantized.weights if self.quantized else {}
+        for name, adapter in self.request.adapters.read().items():
+            exact: Outcome | None = None
+            if codes:
+                with reference(model, stream=False) as frozen:
+                    adapters.adapt_in_place(frozen, adapter)
+                    exact = whole_outcome(frozen, held)
+            with reference(model, stream=False) as frozen:
+                quantize_in_place(frozen, codes)
+                adapters.adapt_in_place(frozen, adapter)
+                with rounding_inputs(weights(frozen), codes):
+                    found = recheck(
+                        frozen, calibration, (self.training, held), self.request.recipe, name, self.progress, exact
+                    )
+            self.rechecked[name] = found
+            self.adapted[name] = {"calibration": found.report}
+
+    def _ports(self, model: Source, graph: Any) -> LoraPorts:
+        """The graph's inputs for adapters; probe weights are among them where an adapter has its own."""
+        ports = self.request.adapters.ports(model, graph, self.request.dtype)
+        probes = next((p for one in self.rechecked.values() if (p := self._probes(one)) is not None), {})
+        self.ports = replace(ports, probes={name: array.shape for name, array in probes.items()})
+        return self.ports
+
+    @staticmethod
+    def _probes(found: Recheck | None) -> dict[str, Any] | None:
+        """Weights of an adapter's own probes by name in the graph."""
+        if found is None or found.probes is None:
+            return None
+        return {
+            f"fstq.probe.{number}.{name}": array
+            for number, probe in enumerate(found.probes, 1)
+            if probe is not None
+            for name, array in graph_weights(probe.arrays()).items()
+        }
+
+    def _adapters(self, model: Source, folder: Path) -> dict[str, AdapterInfo]:
+        """Write each adapter's file; its entry in the manifest by name."""
+        found = {}
+        for name, given in self.request.adapters.given.items():
+            again = self.rechecked.get(name)
+            if self.ports is None:
+                raise ExportError("the graph has no inputs for adapters")
+            content, found[name] = store.encode(
+                given,
+                self.ports,
+                self.request.dtype,
+                model.sha256,
+                self._probes(again),
+                None if again is None else again.pruning,
+            )
+            (folder / FOLDER).mkdir(exist_ok=True)
+            (folder / path_of(name)).write_bytes(content)
+        return found
 
     def _stages(self, model: Source, calibration: Calibration | None) -> list[PruneStage]:
         """The stages to build: none (a dense bundle) where nothing met the contract and no layer or keep was named."""
@@ -236,13 +325,26 @@ class Export:
         return [PruneStage(Stage(layer, recipe.sink, window), arrays) for layer in recipe.layers]
 
     def _verify(
-        self, model: Source, folder: Path, stages: Sequence[PruneStage], held: Sequence[Item], tokens: Any
+        self,
+        model: Source,
+        folder: Path,
+        stages: Sequence[PruneStage],
+        held: Sequence[Item],
+        name: str | None = None,
+        adapter: peft.Peft | None = None,
     ) -> verify.Verification:
-        config = model.config
+        """The written graph, with an adapter where one is given."""
+        config, dtype = model.config, self.request.dtype
         probes = [None if s.probe is None else Probe.from_arrays(s.probe, s.queries, s.stage.window) for s in stages]
-        with reference(model, stream=False if self.quantized else None) as frozen:
+        more, again = adapters.empty(self.ports, dtype), self.rechecked.get(name or "")
+        if again is not None and again.probes is not None:
+            probes = list(again.probes)
+        with reference(model, stream=False if self.quantized or adapter else None) as frozen:
             if self.quantized:
                 quantize_in_place(frozen, self.quantized.weights)
+            if adapter is not None and self.ports is not None:
+                adapters.adapt_in_place(frozen, adapter)
+                more = adapters.inputs(adapter, self.ports, dtype, model.sha256)
             return verify.verify(
                 folder,
                 decoder.GRAPH,
@@ -253,8 +355,10 @@ class Export:
                 config.max_position_embeddings,
                 self.request.dtype,
                 self.request.recipe.seed,
-                model.architecture,
+                model.architecture if name is None else f"{model.architecture} with the adapter '{name}'",
                 [item.prompt for item in held[:2]],
+                more,
+                self._probes(again),
             )
 
     def _texts(self, tokens: Any, folder: Path) -> None:
@@ -296,6 +400,7 @@ class Export:
             "calibration": measured,
             "precision": self.quantized.report if self.quantized else None,
             "verification": checked.to_json(),
+            "adapters": self.adapted,
             "graph": {
                 "stages": [{"layer": s.stage.layer, "sink": s.stage.sink, "window": s.stage.window} for s in stages],
                 "bytes": size,
@@ -327,7 +432,7 @@ class Export:
         stages: Sequence[PruneStage],
         generation: GenerationDefaults,
     ) -> Manifest:
-        config, recipe = model.config, self.request.recipe
+        config, recipe, merge = model.config, self.request.recipe, self.request.adapters.merge
         contract, keep = None, recipe.wanted or 1.0
         if calibration is not None:
             contract = Contract(calibration.met, calibration.metric, recipe.max_quality_drop, calibration.drop)
@@ -353,7 +458,7 @@ class Export:
             ),
             generation=generation,
             provenance=Provenance(
-                source=_public(model.name),
+                source=_public(model.name) + (f" with adapter {merge.resolve().name}" if merge is not None else ""),
                 source_sha256=model.sha256,
                 libraries={name: _version(name) for name in LIBRARIES},
                 seed=recipe.seed,

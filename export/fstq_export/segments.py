@@ -88,13 +88,21 @@ def _cached(name: str) -> str | None:
 
 
 def run(
-    folder: Path, model: str, calls: Sequence[Mapping[str, Array]]
+    folder: Path,
+    model: str,
+    calls: Sequence[Mapping[str, Array]],
+    replaced: Mapping[str, Array] | None = None,
 ) -> Iterator[tuple[Segment, list[dict[str, Array]]]]:
     """Run consecutive calls of one cache through all segments; yields (segment, outputs of each call) as they finish.
 
-    calls: graph inputs by name, without the cache. The caches start empty. Raises SegmentError.
+    calls: graph inputs by name, without the cache. The caches start empty. replaced: weights that an adapter brings.
+    Raises SegmentError.
     """
     loaded = ir.load(folder / model)
+    for name, array in (replaced or {}).items():
+        loaded.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    for value in [value for value in loaded.graph.inputs if value.is_initializer()]:
+        loaded.graph.inputs.remove(value)
     ShapeInferencePass()(loaded)  # a piece's inputs need their types
     segments = split(loaded.graph)
     needed = [{str(v.name) for v in segment.inputs} for segment in segments]

@@ -7,7 +7,7 @@ compared layer by layer so that a mismatch is named by the layer where it starts
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +70,18 @@ class Text:
     ids: Int64
     lengths: Int64
     prompt: int
+    more: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # inputs that every call gets, by name
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], following: Int64) -> Text:
+    def of(
+        cls, prompts: Sequence[Sequence[int]], following: Int64, more: Mapping[str, NDArray[Any]] | None = None
+    ) -> Text:
         """prompts of any length; following: (B, steps) ids fed after them."""
         prompt = max(map(len, prompts))
         ids = np.zeros((len(prompts), prompt), np.int64)
         for row, tokens in enumerate(prompts):
             ids[row, prompt - len(tokens) :] = tokens
-        return cls(np.concatenate([ids, following], 1), np.array([len(p) for p in prompts]), prompt)
+        return cls(np.concatenate([ids, following], 1), np.array([len(p) for p in prompts]), prompt, more or {})
 
     @property
     def positions(self) -> Int64:
@@ -94,7 +97,7 @@ class Text:
             call: dict[str, NDArray[Any]] = {"input_ids": self.ids[:, cut], "position_ids": self.positions[:, cut]}
             if keep is not None:
                 call["keep"] = keep if number == 0 else np.ones_like(keep)
-            out.append(call)
+            out.append(call | dict(self.more))
         return out
 
     @property
@@ -126,7 +129,14 @@ def difference(found: NDArray[Any], wanted: NDArray[Any]) -> float:
 
 
 def check_dense(
-    folder: Path, graph: str, decoder: Decoder, text: Text, stages: int, tolerance: float, name: str
+    folder: Path,
+    graph: str,
+    decoder: Decoder,
+    text: Text,
+    stages: int,
+    tolerance: float,
+    name: str,
+    replaced: Mapping[str, NDArray[Any]] | None = None,
 ) -> tuple[float, tuple[float, ...]]:
     """Compare at ``keep = S``; returns (logits difference, by layer).
 
@@ -140,7 +150,7 @@ def check_dense(
     keep = np.full((len(text.ids), stages), text.prompt) if stages else None
     by_layer: dict[int, float] = {}
     logits = float("inf")
-    for segment, results in segments.run(folder, graph, text.calls(keep)):
+    for segment, results in segments.run(folder, graph, text.calls(keep), replaced):
         if segment.label == segments.TAIL:
             logits = difference(np.concatenate([r["logits"] for r in results], 1), wanted)
         elif segment.residual is not None and (layer := int(segment.label.split()[1])) + 1 < layers:
@@ -221,6 +231,7 @@ def check_pruned(
     keeps: Sequence[float],
     tolerance: float,
     name: str,
+    replaced: Mapping[str, NDArray[Any]] | None = None,
 ) -> tuple[float, bool]:
     """Compare a pruned run, one keep ratio per row, the last row adaptive: (logits difference, same tokens kept).
 
@@ -232,7 +243,7 @@ def check_pruned(
     keep[-1] = -ADAPTIVE
     kept: dict[int, Int64] = {}
     found = np.zeros(0)
-    for segment, results in segments.run(folder, graph, text.calls(keep)):
+    for segment, results in segments.run(folder, graph, text.calls(keep), replaced):
         if segment.label.startswith("stage "):
             number = int(segment.label.split()[1])
             kept[number] = np.asarray(results[0][f"kept_indices.{number}"], np.int64)
@@ -262,10 +273,13 @@ def verify(
     seed: int,
     name: str,
     prompts: Sequence[Sequence[int]] = (),
+    more: Mapping[str, NDArray[Any]] | None = None,
+    replaced: Mapping[str, NDArray[Any]] | None = None,
 ) -> Verification:
     """All checks. probes: None for a stage that goes on with the scores of the stage before.
 
-    prompts: real ones to use beside random ids; long ones are cut to 256 tokens.
+    prompts: real ones to use beside random ids; long ones are cut to 256 tokens. more: inputs of an adapter, or those
+    that stand for none, which every call gets; replaced: weights that it brings for probes.
     """
     rng = np.random.default_rng(seed)
     config: Any = decoder.model.config
@@ -275,15 +289,17 @@ def verify(
     longest = min(limit, max(48, 3 * forced, *(w for w in windows if w <= LONGEST_RUN), 0))
     chosen: list[Sequence[int]] = [rng.integers(0, vocab_size, n).tolist() for n in (longest, max(1, longest - 7))]
     chosen += [list(p)[: min(256, limit)] for p in prompts[:2] if len(p)]
-    text = Text.of(chosen, rng.integers(0, vocab_size, (len(chosen), DECODE_STEPS)))
+    text = Text.of(chosen, rng.integers(0, vocab_size, (len(chosen), DECODE_STEPS)), more)
     tolerance = TOLERANCE[dtype]
     try:
         check_masks(decoder, name)
-        dense, by_layer = check_dense(folder, graph, decoder, text, len(stages), tolerance, name)
+        dense, by_layer = check_dense(folder, graph, decoder, text, len(stages), tolerance, name, replaced)
         pruned, kept_equal = None, None
         if stages:
             keeps = [(0.5, 0.4, 0.7, 0.25)[i % 4] for i in range(len(chosen))]
-            pruned, kept_equal = check_pruned(folder, graph, decoder, text, stages, probes, keeps, tolerance, name)
+            pruned, kept_equal = check_pruned(
+                folder, graph, decoder, text, stages, probes, keeps, tolerance, name, replaced
+            )
     except segments.SegmentError as error:
         raise VerificationError(f"{name}, {dtype}: {error}. Nothing was written") from error
     return Verification(tolerance, dense, by_layer, pruned, kept_equal, len(chosen))

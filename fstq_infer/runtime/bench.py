@@ -58,7 +58,7 @@ def measure(
 
     Raises OptionError for lengths that do not fit the engine's context.
     """
-    engine = generator.engine
+    engine = generator.adapted_engine
     if prompt_tokens < 1 or new_tokens < 1 or repeats < 1 or not keeps:
         raise OptionError("prompt-tokens, new-tokens, repeats and the number of keep ratios must be at least 1")
     if prompt_tokens + new_tokens > engine.max_positions:
@@ -106,7 +106,7 @@ def once(
     generator: Generator, ids: Any, new_tokens: int, keep: float, clock: Callable[[], float] = time.perf_counter
 ) -> Run:
     """One greedy run that ignores ends; ids: (1, prompt)."""
-    engine, prompt = generator.engine, ids.shape[1]
+    engine, prompt = generator.adapted_engine, ids.shape[1]
     ratios = keep_ratios(keep, engine.stages)
     counts = np.array([keep_counts(prompt, ratios, engine.stages)], np.int64).reshape(1, len(engine.stages))
     cache = engine.empty_cache(1)

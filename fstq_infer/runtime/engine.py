@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from fstq_infer.adapters.store import Adapter
 
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
@@ -69,4 +73,11 @@ class Engine(Protocol):
 
         keep: counts of tokens, or where negative shares of the score mass in millionths. The arrays may be written
         again after the call.
+        """
+
+    def adapted(self, adapters: Sequence[Adapter | None]) -> Engine:
+        """The same engine with an adapter for each row of a batch, or one for all rows; None: the model as it is.
+
+        A cache holds what its adapters made of the tokens: go on from it with the same ones. Raises EngineError for an
+        engine without inputs for adapters, and for rows whose adapters bring different probes.
         """

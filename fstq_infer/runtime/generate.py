@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, Literal, overload
 
+from fstq_infer.adapters.library import Library
+from fstq_infer.adapters.store import Adapter
 from fstq_infer.bundle import Bundle
-from fstq_infer.errors import OptionError, PromptError
+from fstq_infer.errors import AdapterNameError, OptionError, PromptError
 from fstq_infer.runtime.chat import ChatTemplate, Message
 from fstq_infer.runtime.engine import Engine
 from fstq_infer.runtime.load import open_engine
 from fstq_infer.runtime.loop import Row, Run
-from fstq_infer.runtime.options import Defaults, Keep, Options, parse_options
+from fstq_infer.runtime.options import CURRENT, Defaults, Keep, Options, parse_options
 from fstq_infer.runtime.result import Clock, Result, Stream
 from fstq_infer.runtime.sampling import Sampling
 from fstq_infer.runtime.session import Session
@@ -29,7 +32,7 @@ class Generator:
     Calls are not concurrent, and neither are streams read in turns from several threads.
     """
 
-    __slots__ = ("_eos", "defaults", "engine", "template", "tokenizer")
+    __slots__ = ("_adapter", "_eos", "_library", "defaults", "engine", "template", "tokenizer")
 
     def __init__(
         self,
@@ -37,14 +40,22 @@ class Generator:
         tokenizer: Tokenizer,
         defaults: Defaults | None = None,
         template: ChatTemplate | None = None,
+        library: Library | None = None,
+        adapter: str | None = None,
     ) -> None:
-        """Raises OptionError when the defaults do not fit the engine."""
+        """library: the adapters that there are; adapter: the one that is used where a call names none.
+
+        Raises OptionError when the defaults do not fit the engine, AdapterError subclasses for the adapter.
+        """
         self.engine = engine
         self.tokenizer = tokenizer
         self.defaults = defaults or Defaults()
         self.template = template
         self._eos = frozenset(self.defaults.eos_ids)
         parse_options({}, self.defaults, engine.stages)
+        self._library = library
+        self._adapter: Adapter | None = None
+        self.set_adapter(adapter)
 
     @classmethod
     def load(
@@ -55,11 +66,13 @@ class Generator:
         threads: int | None = None,
         provider: str = "cpu",
         checksums: bool = False,
+        adapter: str | None = None,
     ) -> Generator:
         """Open a bundle and its engine, which is built first where there is none for this device yet.
 
         threads: CPU threads, default all that this process may use. checksums: also read every file of the bundle
-        and compare its checksum; an engine's build always does. Raises BundleError and EngineError subclasses.
+        and compare its checksum; an engine's build always does. adapter: one of the bundle's, see :meth:`set_adapter`.
+        Raises BundleError, EngineError and AdapterError subclasses.
         """
         bundle = Bundle.open(path, checksums=checksums)
         engine = open_engine(bundle, backend=backend, threads=threads, provider=provider)
@@ -78,7 +91,43 @@ class Generator:
                 _log.warning("%s cannot be used, so chat is off: %s", source, error)
         keep = manifest.pruning.keep if manifest.stages else 1.0
         auto = manifest.pruning.auto if manifest.stages else None
-        return cls(engine, tokenizer, Defaults(keep, sampling, given.eos_token_ids, auto=auto), template)
+        defaults = Defaults(keep, sampling, given.eos_token_ids, auto=auto)
+        return cls(engine, tokenizer, defaults, template, Library(bundle), adapter)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the bundle's adapters."""
+        return self._library.names if self._library is not None else ()
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that is used where a call names none."""
+        return None if self._adapter is None else self._adapter.name
+
+    def set_adapter(self, name: str | None) -> None:
+        """Use an adapter from now on where a call names none; None: the model as it is.
+
+        Nothing is built or loaded again but the adapter's own matrices, once. Raises AdapterNameError for an unknown
+        name, EngineError for an engine without inputs for adapters.
+        """
+        chosen = self._get(name)
+        if chosen is not None:
+            self.engine.adapted([chosen])  # whatever it needs is made ready, or fails, now
+        self._adapter = chosen
+
+    @property
+    def adapted_engine(self) -> Engine:
+        """The engine with the adapter that is used where a call names none."""
+        return self.engine if self._adapter is None else self.engine.adapted([self._adapter])
+
+    def _get(self, name: Any) -> Adapter | None:
+        if name == CURRENT:
+            return self._adapter
+        if self._library is None:
+            if name is None:
+                return None
+            raise AdapterNameError(f"there is no adapter {name!r}: this generator was made without a bundle's adapters")
+        return self._library.get(name)
 
     @overload
     def generate(self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Any) -> Result: ...
@@ -102,6 +151,7 @@ class Generator:
         top_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
+        adapter: str | Sequence[str | None] | None = CURRENT,
         **unknown: Any,
     ) -> Result | list[Result] | Stream:
         """Continue one prompt (text, or token ids), or a batch of them (a list of texts or of id lists).
@@ -112,32 +162,47 @@ class Generator:
         stream: give pieces of text as they come (one prompt only). The others are those of ``Sampling``; each row of
         a batch has its own random generator from the same seed, so that it equals a single run.
 
-        Raises PromptError for an empty prompt or one that leaves no room in the context, OptionError for an option.
+        adapter: name of one of the bundle's adapters, None for none, in a batch also a list with one for each row;
+        default: what :meth:`set_adapter` chose. Rows whose adapters bring probes of their own run apart from others.
+
+        Raises PromptError for an empty prompt or one that leaves no room in the context, OptionError for an option,
+        AdapterNameError for an unknown adapter.
         """
         clock = Clock()
-        options = self.options(
-            {
-                "keep": keep,
-                "max_tokens": max_tokens,
-                "stop": stop,
-                "temperature": temperature,
-                "top_k": top_k,
-                "top_p": top_p,
-                "repetition_penalty": repetition_penalty,
-                "seed": seed,
-                **unknown,
-            }
-        )
         batch = _is_batch(prompt)
+        prompts: Any = prompt if batch else [prompt]
+        adapters = self._adapters(adapter, len(prompts), batch)
+        given = {
+            "keep": keep,
+            "max_tokens": max_tokens,
+            "stop": stop,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            **unknown,
+        }
+        options = [self.options(given, one) for one in adapters]
         if batch and stream:
             raise OptionError("stream=True takes one prompt, not a list of them; stream them one after the other")
-        prompts: Any = prompt if batch else [prompt]
-        run = self.run([self._ids(item) for item in prompts], options, clock)
+        ids = [self._ids(item) for item in prompts]
         if not batch:
-            return self.finish(run, clock, stream=stream)
-        for _ in run.pieces():
-            pass
-        return [run.result(row) for row in range(len(run.rows))]
+            return self.finish(self.run(ids, options[0], clock, adapters=adapters), clock, stream=stream)
+        results: list[Result] = [None] * len(ids)  # type: ignore[list-item]
+        for rows in _together(adapters):
+            run = self.run(
+                [ids[row] for row in rows],
+                [options[row] for row in rows],
+                clock,
+                adapters=[adapters[row] for row in rows],
+            )
+            for _ in run.pieces():
+                pass
+            for place, row in enumerate(rows):
+                results[row] = run.result(place)
+            clock = Clock()
+        return results
 
     @overload
     def chat(self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Any) -> Result: ...
@@ -152,6 +217,7 @@ class Generator:
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         stream: bool = False,
+        adapter: str | None = CURRENT,
         **options: Any,
     ) -> Result | Stream:
         """Answer a conversation once. Options as in :meth:`generate`.
@@ -164,9 +230,10 @@ class Generator:
                 "this bundle has no chat template; use generate() with plain text, or export the model again from a "
                 "checkpoint that has one"
             )
-        checked = self.options(options)
+        adapters = self._adapters(adapter, 1, False)
+        checked = self.options(options, adapters[0])
         text = self.template.render(messages, tools=tools, variables=variables)
-        run = self.run([self._ids(self.tokenizer.encode(text, special=False))], checked, clock)
+        run = self.run([self._ids(self.tokenizer.encode(text, special=False))], checked, clock, adapters=adapters)
         return self.finish(run, clock, stream=stream)
 
     def session(
@@ -183,16 +250,44 @@ class Generator:
 
     # What follows is for Session and for benchmarks.
 
-    def options(self, given: Mapping[str, Any]) -> Options:
-        """Check options, all but ``stream``."""
-        return parse_options(given, self.defaults, self.engine.stages)
+    def options(self, given: Mapping[str, Any], adapter: Adapter | None = None) -> Options:
+        """Check options, all but ``stream`` and ``adapter``; an adapter may have other defaults than the bundle."""
+        defaults = self.defaults
+        if adapter is not None and adapter.pruning is not None and self.engine.stages:
+            defaults = replace(defaults, keep=adapter.pruning.keep, auto=adapter.pruning.auto)
+        return parse_options(given, defaults, self.engine.stages)
 
-    def run(self, prompts: Sequence[Sequence[int]], options: Options, clock: Clock, **state: Any) -> Run:
-        """Get prompts of token ids ready to run; ``state`` continues a cache, see :class:`Run`."""
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: Options | Sequence[Options],
+        clock: Clock,
+        *,
+        adapters: Sequence[Adapter | None] = (None,),
+        **state: Any,
+    ) -> Run:
+        """Get prompts of token ids ready to run; ``state`` continues a cache, see :class:`Run`.
+
+        options, adapters: of each row, or one for all.
+        """
+        each = [options] * len(prompts) if isinstance(options, Options) else options
         rows = [
-            Row(ids, min(options.max_tokens, self._room(ids)), options, self.tokenizer, self._eos) for ids in prompts
+            Row(ids, min(own.max_tokens, self._room(ids)), own, self.tokenizer, self._eos)
+            for ids, own in zip(prompts, each, strict=True)
         ]
-        return Run(self.engine, rows, options, clock, **state)
+        engine = self.engine.adapted(adapters) if any(adapters) else self.engine
+        return Run(engine, rows, clock, **state)
+
+    def _adapters(self, given: Any, rows: int, batch: bool) -> list[Adapter | None]:
+        """The adapter of each row."""
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            return [self._get(given)] * rows
+        if not batch or len(given) != rows:
+            raise OptionError(
+                f"adapter={list(given)!r} has {len(given)} names; expected one name, or one for each of {rows} prompts "
+                "in a list"
+            )
+        return [self._get(name) for name in given]
 
     def finish(
         self, run: Run, clock: Clock, *, stream: bool, done: Callable[[Run], None] | None = None
@@ -239,6 +334,14 @@ class Generator:
                 "engine for a longer context"
             )
         return most - len(ids)
+
+
+def _together(adapters: Sequence[Adapter | None]) -> list[list[int]]:
+    """Rows that can share a batch: those whose adapters bring the same probes."""
+    groups: dict[int, list[int]] = {}
+    for row, adapter in enumerate(adapters):
+        groups.setdefault(id(adapter) if adapter is not None and adapter.probe else 0, []).append(row)
+    return list(groups.values())
 
 
 def _is_id(item: object) -> bool:

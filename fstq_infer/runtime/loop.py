@@ -22,7 +22,9 @@ from fstq_infer.runtime.text import TextStream, Tokenizer
 class Row:
     """One text being generated."""
 
-    __slots__ = ("_ends", "_pieces", "_sampler", "_stops", "_text", "finish", "history", "limit", "prompt", "timings")
+    __slots__ = (
+        "_ends", "_pieces", "_sampler", "_stops", "_text", "finish", "history", "limit", "options", "prompt", "timings"
+    )  # fmt: skip
 
     def __init__(
         self, prompt: Sequence[int], limit: int, options: Options, tokenizer: Tokenizer, eos: frozenset[int]
@@ -32,6 +34,7 @@ class Row:
         self.prompt = tuple(prompt)
         self.history = list(prompt)  # and the generated ids
         self.limit = limit
+        self.options = options
         self.finish = ""
         self.timings = Timings()
         self._ends = eos
@@ -80,13 +83,12 @@ class Row:
 class Run:
     """One batch from its prompts to its last token; read :meth:`pieces` to the end, then the rest is valid."""
 
-    __slots__ = ("_cached", "_clock", "_engine", "_kept", "_options", "_single", "cache", "rows")
+    __slots__ = ("_cached", "_clock", "_engine", "_kept", "_single", "cache", "rows")
 
     def __init__(
         self,
         engine: Engine,
         rows: Sequence[Row],
-        options: Options,
         clock: Clock,
         *,
         cache: Any = None,
@@ -97,7 +99,6 @@ class Run:
         self.rows = tuple(rows)
         self.cache = engine.empty_cache(len(self.rows)) if cache is None else cache
         self._engine = engine
-        self._options = options
         self._clock = clock
         self._cached = cached
         self._kept: list[list[int]] = [list(kept) for _ in self.rows]
@@ -142,7 +143,9 @@ class Run:
         for row, length in enumerate(lengths):
             ids[row, width - length :] = self.rows[row].prompt[self._cached :]
             positions[row, width - length :] = np.arange(self._cached, self._cached + length)
-        keep = np.array([self._options.keep(length, stages) for length in lengths], np.int64)
+        keep = np.array(
+            [row.options.keep(length, stages) for row, length in zip(self.rows, lengths, strict=True)], np.int64
+        )
         step = self._forward(ids, positions, keep.reshape(len(self.rows), len(stages)))
         for row, length in enumerate(lengths):
             if stages:

@@ -16,6 +16,7 @@ from fstq_infer.runtime.sampling import Sampling
 Keep = float | Sequence[float] | Literal["auto"]
 
 MAX_TOKENS = 128
+CURRENT = "the adapter that set_adapter chose"  # a default; no adapter can have that name
 MILLION = 1_000_000
 SAMPLING = tuple(item.name for item in fields(Sampling))
 NAMES = ("keep", "max_tokens", "stop", "stream", *SAMPLING)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from fstq_infer.errors import PromptError
 from fstq_infer.runtime.chat import Message, check_messages
 from fstq_infer.runtime.loop import Run
+from fstq_infer.runtime.options import CURRENT
 from fstq_infer.runtime.result import Clock, Result, Stream
 
 if TYPE_CHECKING:
+    from fstq_infer.adapters.store import Adapter
     from fstq_infer.runtime.generate import Generator
 
 
@@ -23,7 +25,18 @@ class Session:
     A turn that fails, is interrupted or whose stream is not read to the end leaves the session as it was.
     """
 
-    __slots__ = ("_cache", "_generator", "_ids", "_kept", "_messages", "_open", "_plain", "_tools", "_variables")
+    __slots__ = (
+        "_adapter",
+        "_cache",
+        "_generator",
+        "_ids",
+        "_kept",
+        "_messages",
+        "_open",
+        "_plain",
+        "_tools",
+        "_variables",
+    )
 
     def __init__(
         self,
@@ -41,6 +54,7 @@ class Session:
         self._ids: list[int] = []  # what the cache holds: the last sampled token has never been fed
         self._kept: list[int] = []  # of these, what the layers after the last stage hold
         self._cache: Any = None
+        self._adapter: Adapter | None = None  # that the cache was filled with
         self._plain: list[int] | None = None  # without a template: the ids of the conversation so far
         self._open: Stream | None = None
 
@@ -60,10 +74,13 @@ class Session:
     @overload
     def send(self, text: str, *, stream: Literal[True], **options: Any) -> Stream: ...
 
-    def send(self, text: str, *, stream: bool = False, **options: Any) -> Result | Stream:
+    def send(
+        self, text: str, *, stream: bool = False, adapter: str | None = CURRENT, **options: Any
+    ) -> Result | Stream:
         """Add the user's next text and generate the answer. Options and errors as in ``Generator.generate``.
 
-        A stream of an earlier turn that is still open is given up.
+        A stream of an earlier turn that is still open is given up. With another adapter than in the turn before, the
+        whole conversation is read again.
         """
         clock = Clock()
         if not isinstance(text, str) or not text:
@@ -71,13 +88,15 @@ class Session:
         if self._open is not None:
             self._open.close()
         turn = {"role": "user", "content": text}
-        checked = self._generator.options(options)
+        adapters = self._generator._adapters(adapter, 1, False)
+        checked = self._generator.options(options, adapters[0])
         ids = self._prompt(turn)
         state: dict[str, Any] = {}
-        if self._ids and len(self._ids) < len(ids) and ids[: len(self._ids)] == self._ids:
+        same = adapters[0] is self._adapter
+        if same and self._ids and len(self._ids) < len(ids) and ids[: len(self._ids)] == self._ids:
             state = {"cache": self._cache, "kept": self._kept, "cached": len(self._ids)}
-        run = self._generator.run([ids], checked, clock, **state)
-        reply = self._generator.finish(run, clock, stream=stream, done=lambda run: self._commit(run, turn))
+        run = self._generator.run([ids], checked, clock, adapters=adapters, **state)
+        reply = self._generator.finish(run, clock, stream=stream, done=lambda run: self._commit(run, turn, adapters[0]))
         if isinstance(reply, Stream):
             self._open = reply
         return reply
@@ -92,8 +111,9 @@ class Session:
             return tokenizer.encode("".join(str(item["content"]) for item in [*self._messages, turn]))
         return self._plain + tokenizer.encode(turn["content"], special=False)
 
-    def _commit(self, run: Run, turn: dict[str, Any]) -> None:
+    def _commit(self, run: Run, turn: dict[str, Any], adapter: Adapter | None) -> None:
         """Take a finished turn over."""
+        self._adapter = adapter
         result = run.result(0)
         history = run.rows[0].history
         self._cache = run.cache

@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, EngineMismatchError
@@ -19,6 +20,9 @@ from fstq_infer.runtime.cuda import Cuda
 from fstq_infer.runtime.engine import Int64, Stage, Step
 from fstq_infer.runtime.trt_buffers import Buffers, TrtCache
 from fstq_infer.runtime.trt_ports import Ports
+
+if TYPE_CHECKING:
+    from fstq_infer.adapters.store import Adapter
 
 PLAN, SIDECAR, SIDECAR_CAP = "model.plan", "engine.json", 1 << 20
 PREFILL, DECODE = 0, 1  # optimization profiles
@@ -90,6 +94,15 @@ class TrtEngine:
         if batch not in self._empty:
             self._empty[batch] = TrtCache(self, batch, None, (0,) * (len(self._stages) + 1))
         return self._empty[batch]
+
+    def adapted(self, adapters: Sequence[Adapter | None]) -> TrtEngine:
+        """This engine where there are none. Raises EngineError for adapters, which it cannot bind yet."""
+        if any(adapters):
+            raise EngineError(
+                "engines for TensorRT do not take adapters at run time yet. Use the backend 'ort', or bake one in: "
+                "fstq export --merge-adapter"
+            )
+        return self
 
     def forward(self, input_ids: Int64, position_ids: Int64, keep: Int64, cache: Any) -> Step:
         """Run one call: ids and positions (batch, sequence), keep (batch, stages); see docs/bundle-format.md.

@@ -312,15 +312,15 @@ def test_other_files_are_never_replaced(tiny_bundle: Bundle, tmp_path: Path) -> 
 def test_an_engine_that_computes_something_else_is_thrown_away(
     tiny_bundle: Bundle, engine_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimise = ort._optimise
+    optimise = ort._Part._optimise
 
-    def break_weights(bundle: Bundle, out: Path, threads: int | None) -> None:
-        optimise(bundle, out, threads)
+    def break_weights(part: ort._Part, out: Path) -> None:
+        optimise(part, out)
         data = np.fromfile(out / "model.onnx.data", np.float32)
         data[: len(data) // 2] *= 1.02
         data.tofile(out / "model.onnx.data")
 
-    monkeypatch.setattr(ort, "_optimise", break_weights)
+    monkeypatch.setattr(ort._Part, "_optimise", break_weights)
     with pytest.raises(errors.ParityError, match=r"(other tokens|other logits) than its bundle's graph: dense"):
         ort.build(tiny_bundle)
     assert listing(engine_cache) == set()
@@ -333,7 +333,7 @@ def test_a_failed_rebuild_leaves_the_old_engine(
         raise errors.EngineError("the disk is full")
 
     before = stamps(engine)
-    monkeypatch.setattr(ort, "_optimise", fail)
+    monkeypatch.setattr(ort._Part, "_optimise", fail)
     with pytest.raises(errors.EngineError, match="the disk is full"):
         ort.build(tiny_bundle, directory=engine, force=True)
     assert stamps(engine) == before and listing(tmp_path) == {"engine"}

@@ -119,6 +119,17 @@ def _rms(emit: Emit, x: ir.Value, width: int) -> ir.Value:
     return emit("RMSNormalization", _float(emit, x), emit.const(np.ones(width, np.float32)), axis=-1, epsilon=1e-6)
 
 
+def graph_weights(weights: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """Weights of a probe, from ``Probe.arrays()``, as a graph holds them behind ``fstq.probe.STAGE.``; no span."""
+    found = {name: array for name, array in weights.items() if name.partition(".")[0] not in ("query", "key", "span")}
+    found["linear.matrix"] = np.ascontiguousarray(found.pop("linear.weight").T)
+    for name in ("query", "key"):
+        matrix = weights[f"{name}.weight"]
+        found[f"{name}.matrix"] = np.ascontiguousarray(matrix.reshape(-1, matrix.shape[2]).T)
+        found[f"{name}.bias"] = weights[f"{name}.bias"].reshape(-1)
+    return found
+
+
 def probe_scores(
     emit: Emit,
     prefix: str,
@@ -131,8 +142,10 @@ def probe_scores(
 ) -> ir.Value:
     """(B, S) float32 scores of the current tokens. weights: ``Probe.arrays()``; queries, window: the probe's."""
 
+    held = graph_weights(weights) | {"span": weights["span"]}
+
     def weight(name: str) -> ir.Value:
-        return emit.weight(f"{prefix}.{name}", weights[name])
+        return emit.weight(f"{prefix}.{name}", held[name])
 
     heads, rank, double = weights["query.weight"].shape
     width = double // 2
@@ -143,9 +156,7 @@ def probe_scores(
 
     def project(name: str, states: ir.Value) -> ir.Value:
         """(B, n, 2D) -> (B, heads, n, rank)."""
-        matrix = np.ascontiguousarray(weights[f"{name}.weight"].reshape(heads * rank, -1).T)
-        bias = emit.weight(f"{prefix}.{name}.bias", weights[f"{name}.bias"].reshape(-1))
-        flat = emit("Add", emit("MatMul", states, emit.weight(f"{prefix}.{name}.matrix", matrix)), bias)
+        flat = emit("Add", emit("MatMul", states, weight(f"{name}.matrix")), weight(f"{name}.bias"))
         return emit("Transpose", emit("Reshape", flat, emit.ints(0, -1, heads, rank)), perm=[0, 2, 1, 3])
 
     q = project("query", emit("Slice", x, emit.ints(-queries), emit.ints(2**62), emit.ints(1)))
@@ -157,8 +168,7 @@ def probe_scores(
     match = emit("Add", match, emit("Mul", emit("Sub", rows, one), emit.const(np.array(-NEGATIVE, np.float32))))
     best = emit("ReduceMax", match, emit.ints(2), keepdims=0)
     total = emit("ReduceLogSumExp", emit("Sub", match, emit("Unsqueeze", best, emit.ints(2))), emit.ints(2), keepdims=0)
-    matrix = emit.weight(f"{prefix}.linear.matrix", weights["linear.weight"].T.copy())
-    linear = emit("Add", emit("MatMul", x, matrix), weight("linear.bias"))
+    linear = emit("Add", emit("MatMul", x, weight("linear.matrix")), weight("linear.bias"))
     weights_seen = emit("Mul", window_attention(emit, attention, tokens, queries, sliding), rows)
     rows_seen = emit("ReduceSum", rows, emit.ints(2), keepdims=0)
     tiny = emit.const(np.array(1e-6, np.float32))
