@@ -110,7 +110,7 @@ def test_the_demo_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("formats", [None, "int8"])
 def test_the_demo_models_engine(formats: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FSTQ_CACHE", str(tmp_path / "cache"))
-    folder = adapter(DEMO, tmp_path / "lora", gain=0.1)
+    folder = adapter(DEMO, tmp_path / "lora", gain=0.5)
     request = Request(
         str(DEMO),
         tmp_path / "b",
