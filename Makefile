@@ -14,6 +14,9 @@ FED_STAMP := $(FED)/.installed
 TRT := .venv-tensorrt
 TRT_STAMP := $(TRT)/.installed
 
+# Tests use one thread each; a worker takes about 1.5 GiB.
+WORKERS := -n auto --maxprocesses 4
+
 .PHONY: setup demo test test-all test-federated test-tensorrt lint bench plots train-demo clean
 
 setup: $(STAMP)
@@ -32,10 +35,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 # Flower comes from an environment of its own, torch, Transformers and PEFT from the other one.
 $(FED_STAMP): $(STAMP)
@@ -47,7 +50,7 @@ $(FED_STAMP): $(STAMP)
 	touch $(FED_STAMP)
 
 test-federated: $(FED_STAMP)
-	$(FED)/bin/python -m pytest -m "not slow" tests/federated
+	$(FED)/bin/python -m pytest $(WORKERS) -m "not slow" tests/federated
 
 $(TRT_STAMP): $(STAMP)
 	$(PYTHON) -m venv $(TRT)
@@ -60,7 +63,7 @@ $(TRT_STAMP): $(STAMP)
 # Builds with tensorrt-rtx, without a GPU; TRT_TESTS= adds the slow ones.
 TRT_TESTS ?= -m "not slow"
 test-tensorrt: $(TRT_STAMP)
-	$(TRT)/bin/python -m pytest $(TRT_TESTS) tests/engines/tensorrt tests/runtime/test_trt.py
+	$(TRT)/bin/python -m pytest $(WORKERS) $(TRT_TESTS) tests/engines/tensorrt tests/runtime/test_trt.py
 
 bench: $(STAMP)
 	$(BIN)/python bench/quality.py

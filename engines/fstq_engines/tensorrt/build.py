@@ -66,7 +66,7 @@ class Plan:
     def identity(self) -> Identity:
         """What the engine depends on."""
         backend, version = self.trt.product, self.trt.version
-        return Identity(self.bundle.manifest_sha256, backend, version, self.gpu.identity, self.arguments)
+        return Identity(self.bundle.model_sha256, backend, version, self.gpu.identity, self.arguments)
 
 
 def plan(bundle: Bundle, backend: str, options: Mapping[str, Any] | None = None, found: gpu.Gpu | None = None) -> Plan:
@@ -156,7 +156,7 @@ def build_rtx(bundle: Bundle, **arguments: Any) -> Path:
 def _build(made: Plan, target: Path, threads: int | None, say: Any) -> None:
     started, bundle = time.monotonic(), made.bundle
     say(f"checking the bundle {bundle.path}")
-    if Bundle.open(bundle.path).manifest_sha256 != made.identity.bundle_sha256:
+    if Bundle.open(bundle.path).model_sha256 != made.identity.bundle_sha256:
         raise EngineError(f"{bundle.path} has changed since it was opened. Wait until it is written, and try again.")
     size = sum(entry.bytes for name, entry in bundle.manifest.files.items() if name.startswith(MODEL))
     cache.require_disk(target, 2 * size + (64 << 20))
