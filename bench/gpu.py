@@ -15,7 +15,6 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from common import target, write
@@ -77,7 +76,7 @@ def measured(bundle: Bundle, backend: str, options: argparse.Namespace, per_seco
         engine = open_backend(bundle, backend)
         half = backend != "onnxruntime-gpu"
         agrees = compared(bundle, engine, half)
-        report = measure(SimpleNamespace(engine=engine), options.prompt, options.new, options.keep, options.repeats)
+        report = measure(engine, options.prompt, options.new, options.keep, options.repeats)
     except FstqError as error:
         print(f"{backend}: {error}")
         return [{"backend": backend, "error": str(error)}]

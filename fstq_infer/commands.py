@@ -175,7 +175,7 @@ def bench(
         raise OptionError(f"--json {json_file} cannot be written: it is a folder, or its folder does not exist")
     generator = Generator.load(path, backend=backend, threads=threads, adapter=adapter)
     with notes.status("measuring"):
-        report = measure(generator, prompt_tokens, new_tokens, keeps, repeats)
+        report = measure(generator.adapted_engine, prompt_tokens, new_tokens, keeps, repeats)
     out.print(bench_table(report))
     if json_file is not None:
         partial = json_file.with_name(f".{json_file.name}.partial")

@@ -91,7 +91,7 @@ class Bench:
             runs: dict[float, list[Run]] = {keep: [] for keep in plan.keeps}
             for round_ in range(plan.repeats + 1):
                 for keep in plan.keeps:
-                    run = once(self.generator, ids, plan.new_tokens, keep, self.clock)
+                    run = once(self.generator.engine, ids, plan.new_tokens, keep, self.clock)
                     if round_:
                         runs[keep].append(run)
             for keep in plan.keeps:
@@ -120,7 +120,9 @@ class Bench:
             until = self.clock() + plan.power_seconds
             while not runs or self.clock() < until:
                 # Two tokens are the fewest with a decode step; its share of such a run is cut off below.
-                runs.append(once(self.generator, ids, 2 if phase == "prefill" else plan.new_tokens, keep, self.clock))
+                runs.append(
+                    once(self.generator.engine, ids, 2 if phase == "prefill" else plan.new_tokens, keep, self.clock)
+                )
             samples = self.meter.stop()
             windows = [(r.began, r.prefilled) if phase == "prefill" else (r.first, r.ended) for r in runs]
             tokens = len(runs) * (ids.shape[1] if phase == "prefill" else plan.new_tokens - 1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fstq_infer.errors import OptionError
 from fstq_infer.machine import description, peak_rss
-from fstq_infer.runtime.generate import Generator
+from fstq_infer.runtime.engine import Engine
 from fstq_infer.runtime.options import keep_counts, keep_ratios
 
 
@@ -52,13 +52,12 @@ class BenchReport:
 
 
 def measure(
-    generator: Generator, prompt_tokens: int, new_tokens: int, keeps: Sequence[float], repeats: int, seed: int = 0
+    engine: Engine, prompt_tokens: int, new_tokens: int, keeps: Sequence[float], repeats: int, seed: int = 0
 ) -> BenchReport:
     """One warm-up and ``repeats`` measured rounds, each running every keep ratio once on the same random prompt.
 
     Raises OptionError for lengths that do not fit the engine's context.
     """
-    engine = generator.adapted_engine
     if prompt_tokens < 1 or new_tokens < 1 or repeats < 1 or not keeps:
         raise OptionError("prompt-tokens, new-tokens, repeats and the number of keep ratios must be at least 1")
     if prompt_tokens + new_tokens > engine.max_positions:
@@ -71,7 +70,7 @@ def measure(
     runs: dict[float, list[Run]] = {keep: [] for keep in keeps}
     for round_ in range(repeats + 1):
         for keep in keeps:
-            run = once(generator, ids, new_tokens, keep)
+            run = once(engine, ids, new_tokens, keep)
             if round_:
                 runs[keep].append(run)
     rows = tuple(summary(keep, runs[keep], prompt_tokens, new_tokens) for keep in keeps)
@@ -102,11 +101,9 @@ def summary(keep: float, runs: Sequence[Run], prompt_tokens: int, new_tokens: in
     return Row(keep, kept, first, prefill, step, total, prompt_tokens / prefill, speed, held)
 
 
-def once(
-    generator: Generator, ids: Any, new_tokens: int, keep: float, clock: Callable[[], float] = time.perf_counter
-) -> Run:
+def once(engine: Engine, ids: Any, new_tokens: int, keep: float, clock: Callable[[], float] = time.perf_counter) -> Run:
     """One greedy run that ignores ends; ids: (1, prompt)."""
-    engine, prompt = generator.adapted_engine, ids.shape[1]
+    prompt = ids.shape[1]
     ratios = keep_ratios(keep, engine.stages)
     counts = np.array([keep_counts(prompt, ratios, engine.stages)], np.int64).reshape(1, len(engine.stages))
     cache = engine.empty_cache(1)
