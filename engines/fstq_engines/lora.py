@@ -1,7 +1,7 @@
 """Pass and file work for engines with adapters: the graph without their inputs, and one file of weights for both.
 
 A branch of rank 0 costs nothing when one token is decoded, but writes and adds zeros as large as each layer's output
-when a prompt is read; so an engine has a graph of its own for requests without an adapter (ADR 53).
+when a prompt is read; so an engine has a graph of its own for requests without an adapter (ADR 14).
 """
 
 from __future__ import annotations
