@@ -47,10 +47,13 @@ class Meter:
             hits = logits.argmax(-1).view(rows, -1)[:, batch.prompt - 1 :] == batch.labels
             exact += float((hits | ~answers).all(1).sum())
             logs = logits.log_softmax(-1)[follows]
+            if first and not kept:  # of long texts over a large vocabulary, as much as there is room for
+                logs = logs[: max(1, REFERENCE // logs.shape[-1])]
             if first and logs.numel() <= room:
                 kept.append(logs)
                 room -= logs.numel()
             elif not first and number < len(kept):
+                logs = logs[: len(kept[number])]
                 divergence += float(functional.kl_div(logs, kept[number], reduction="sum", log_target=True))
                 compared += len(logs)
             elif first:

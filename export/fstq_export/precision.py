@@ -60,10 +60,16 @@ class Planner:
         self.weights = weights(decoder)
         self.parameters = sum(weight.matrix.size for weight in self.weights.values())
         timed = (DYNAMIC,) if wanted.latency is not None else ()
-        known = (*timed, *AUTOMATIC) if wanted.profile is None else wanted.profile.formats
+        known = tuple(FORMATS) if wanted.profile is None else wanted.profile.formats
         self.formats = [
             name for name in (*timed, *AUTOMATIC) if name in known and not (dtype == "float16" and name == "fp32")
         ]
+        missing = [name for name in self._named() if name not in known]
+        if missing or not self.formats:
+            raise OptionError(
+                f"{wanted.profile.device if wanted.profile else 'this model'} has none of the formats asked for "
+                f"({', '.join(missing) or 'automatic ones'}); it has {', '.join(known)}"
+            )
         self.groups: dict[str, tuple[str, ...]] = {}
         self._damage: dict[tuple[str, str], float] = {}
         self._codes: dict[tuple[str, str], Quantized] = {}
@@ -71,6 +77,12 @@ class Planner:
         self._profile: Costs | None = None
         self.rivals = True  # whether other rules are measured beside the plan
         self._fitted: Callable[[str], Damage | None] = lambda _name: None
+
+    def _named(self) -> set[str]:
+        """Formats that were asked for by name."""
+        if self.wanted.plan is not None:
+            return {group.format for group in self.wanted.plan.groups.values()}
+        return set() if self.wanted.format in (None, AUTO) else {str(self.wanted.format)}
 
     def run(self, fitting: Sequence[Item], held: Sequence[Item]) -> Result:
         """fitting: texts that sensitivities come from, none for plain rounding; held: texts to measure on."""

@@ -37,6 +37,10 @@ class Precision:
             raise OptionError("--bits, --bytes and --target-latency are ways to set one budget; give one of them")
         if self.tune is not None and not 0 <= self.tune <= MOST_STEPS:
             raise OptionError(f"tune-codes is {self.tune}; expected 0 to {MOST_STEPS} steps, such as 500")
+        if self.profile is not None and not self.wanted:
+            raise OptionError(
+                "--profile says what formats take on a device; give --target-latency or --precision as well"
+            )
         if self.tune and not self.wanted:
             raise OptionError("--tune-codes trains the codes of formats; give --precision as well")
         if self.bits is not None and not 1 <= self.bits <= 32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from fstq_export.sensitivity import Collector, Damage, Samples, Site, Weight
 from fstq_export.wanted import Precision
 from torch import nn
 
+from fstq_infer import device
 from fstq_infer.errors import OptionError
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
-from fstq_infer.quant.codes import Quantized, rounded_inputs
+from fstq_infer.quant.codes import Quantized, quantize, rounded_inputs
 from fstq_infer.quant.formats import FORMATS
 from fstq_infer.quant.latency import Profile, Roofline, Target
 
@@ -237,3 +239,27 @@ def test_defaults() -> None:
 def test_auto_needs_data(frozen: Decoder) -> None:
     with pytest.raises(OptionError, match="--calib"):
         run(frozen, Precision("auto"), 0)
+
+
+def test_long_texts_over_a_large_vocabulary_are_compared_in_part(
+    frozen: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary: int = frozen.model.config.vocab_size
+    monkeypatch.setattr(meter, "REFERENCE", 3 * vocabulary)  # three tokens of the first batch fit
+    measure = meter.Meter(frozen, items(6))
+    assert measure.measure()["divergence"] == 0
+    known = sensitivity.weights(frozen)
+    codes = {name: quantize(np.ascontiguousarray(weight.matrix), FORMATS["int4-32"]) for name, weight in known.items()}
+    with meter.quantized(known, codes):
+        assert measure.measure()["divergence"] > 0
+
+
+def test_devices_and_formats_have_to_fit(frozen: Decoder, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="--target-latency or --precision"):
+        Precision.parse(None, None, None, profile="orin-nano")
+    board = (device.folder() / "orin-nano.toml").read_text(encoding="utf-8")
+    (tmp_path / "odd.toml").write_text(re.sub(r"formats = \[.*\]", 'formats = ["bf16"]', board), encoding="utf-8")
+    for asked in ("auto", "int8"):
+        wanted = Precision.parse(asked, None, None, profile=str(tmp_path / "odd.toml"))
+        with pytest.raises(OptionError, match="it has bf16"):
+            Planner(frozen, wanted, "float32", 0, lambda *_: None)
