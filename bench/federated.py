@@ -4,8 +4,8 @@ python bench/federated.py                       all methods, both tasks, three s
 python bench/federated.py --task medquad --seeds 1 --methods fedavg,paper,mosaic
 python bench/federated.py --report              results/federated.json and plots from what was run so far
 
-Dense FedAvg is tuned first (--tune: local learning rates of it, one seed); every method then gets the best of its own
-rates on the same seed. Clients train one after the other; every message is really encoded, and its length counted.
+Every method, dense FedAvg too, gets the best of --rates (local learning rates) by its last loss on seed 0.
+Clients train one after the other; every message is really encoded, and its length counted.
 Rounds to a loss are interpolated between evaluations; bytes are those sent in the rounds up to the one that reaches it.
 """
 

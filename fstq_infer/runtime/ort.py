@@ -92,6 +92,7 @@ class OrtEngine:
             self._matrices = Matrices(self._caches.graph, self._lora, kind)
         self._given: tuple[Int64, ...] = (np.empty((0, 0), np.int64),) * 3  # nobody's
         self._values: list[Any] = []
+        self._joined: tuple[Sequence[Any], Sequence[Any], Sequence[Any]] = ((), (), ())
         self._first: dict[int, tuple[Int64, ...]] = {}
 
     def _make_caches(self, probes: Sequence[str]) -> ReturnedCaches | SharedCaches:
@@ -186,8 +187,13 @@ class OrtEngine:
             raise EngineError(f"keep has the shape {keep.shape}, expected {(batch, stages)}: rows, pruning stages")
         if input_ids is not self._given[0] or position_ids is not self._given[1] or keep is not self._given[2]:
             self._wrap(input_ids, position_ids, keep)
+        given: Sequence[Any] = self._values
+        if more:
+            if self._joined[0] is not self._values or self._joined[1] is not more:
+                self._joined = (self._values, more, [*self._values, *more])  # the same object while nothing changes
+            given = self._joined[2]
         try:
-            found, made, shortlist = caches.run([*self._values, *more] if more else self._values, self._given, cache)
+            found, made, shortlist = caches.run(given, self._given, cache)
         except EngineError:
             raise
         except Exception as error:  # ONNX Runtime's exceptions have no common base
