@@ -212,6 +212,11 @@ def _pairs(path: Path, found: Mapping[str, tensors.Tensor], config: Config) -> d
         match = _KEY.fullmatch(key.removeprefix(PREFIX))
         if match is None:
             raise _odd_key(path, key)
+        if len(match["module"]) > pattern.LONGEST_NAME:
+            raise AdapterFormatError(
+                f"{path}: the module {match['module'][:80]!a}... has a name of {len(match['module'])} characters, "
+                f"expected at most {pattern.LONGEST_NAME}. Is it a LoRA adapter?"
+            )
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     if not sides:
         raise AdapterFormatError(f"{path} holds no lora_A and lora_B. Save the adapter again.")

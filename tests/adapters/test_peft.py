@@ -199,6 +199,15 @@ def test_patterns_take_little_time() -> None:
             pattern.check([text], "test")
 
 
+def test_long_names_and_many_patterns_are_refused(tmp_path: Path) -> None:
+    arrays = {f"{PREFIX}{'a.' * 300}a.lora_{side}.weight": np.ones((2, 2), np.float32) for side in "AB"}
+    with pytest.raises(AdapterFormatError, match=r"a name of 601 characters, expected at most 512") as caught:
+        peft.read(write(tmp_path / "a", arrays))
+    assert "a." * 50 not in str(caught.value)
+    with pytest.raises(AdapterKindError, match="257 patterns, expected at most 256"):
+        pattern.check((f"layers.{n}" for n in range(257)), "test")
+
+
 def test_json_of_the_sample_is_what_peft_would_write(tmp_path: Path) -> None:
     lora = pytest.importorskip("peft", reason="peft is not installed; it comes with the 'dev' extra")
     config = lora.LoraConfig.from_pretrained(str(write(tmp_path / "a")))
