@@ -22,7 +22,7 @@ from fstq_infer.adapters.info import FOLDER, AdapterInfo, check_name, path_of
 from fstq_infer.adapters.peft import WEIGHTS, read
 from fstq_infer.adapters.ports import LoraPorts
 from fstq_infer.atomic import replace_file, sha256_file
-from fstq_infer.bundle import Bundle
+from fstq_infer.bundle import MANIFEST_CAP, Bundle
 from fstq_infer.errors import AdapterFormatError, AdapterMismatchError, AdapterNameError, BundleError, suggestion
 from fstq_infer.manifest import Manifest, Pruning
 from fstq_infer.strict_json import MANIFEST
@@ -111,11 +111,14 @@ def add(path: Path, name: str, directory: Path, *, force: bool = False) -> Bundl
         if same and not force:
             raise AdapterNameError(f"{path} has an adapter {same[0]!a} already. Pass --force to replace it.")
         data, info = encode(directory, manifest.lora, manifest.model.dtype, manifest.provenance.source_sha256)
+        left = {have: entry for have, entry in manifest.adapters.items() if have not in same}
+        changed = replace(manifest, adapters={**left, name: info})
+        _encoded(path, changed)
         for old in same:
             bundle = _without(bundle, old)
         (path / FOLDER).mkdir(exist_ok=True)
         replace_file(path / path_of(name), data)
-        return _write(bundle, replace(bundle.manifest, adapters={**bundle.manifest.adapters, name: info}))
+        return _write(bundle, changed)
 
 
 def remove(path: Path, name: str) -> Bundle:
@@ -195,7 +198,16 @@ def _without(bundle: Bundle, name: str) -> Bundle:
 
 
 def _write(bundle: Bundle, manifest: Manifest) -> Bundle:
-    data = manifest.to_json().encode()
-    Manifest.from_json(data)
-    replace_file(bundle.path / MANIFEST, data)
+    replace_file(bundle.path / MANIFEST, _encoded(bundle.path, manifest))
     return Bundle.open(bundle.path, checksums=False)
+
+
+def _encoded(path: Path, manifest: Manifest) -> bytes:
+    data = manifest.to_json().encode()
+    if len(data) > MANIFEST_CAP:
+        raise BundleError(
+            f"{path / MANIFEST} would have {len(data)} bytes, expected at most {MANIFEST_CAP}. Remove adapters with "
+            "'fstq adapter remove'."
+        )
+    Manifest.from_json(data)
+    return data

@@ -103,6 +103,14 @@ def test_nothing_changes_where_an_adapter_does_not_fit_or_the_disk_fails(
     Bundle.open(bundle)
 
 
+def test_a_manifest_that_would_be_too_large(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+    monkeypatch.setattr(store, "MANIFEST_CAP", len(before) + 10)
+    with pytest.raises(BundleError, match=r"would have \d+ bytes, expected at most \d+. Remove adapters"):
+        store.add(bundle, "x", write(tmp_path / "a"))
+    assert (bundle / "manifest.json").read_bytes() == before and not (bundle / "adapters").exists()
+
+
 def test_a_file_without_an_entry_is_not_looked_at(bundle: Path) -> None:
     """What a writer leaves that dies between the adapter's file and the manifest."""
     (bundle / "adapters").mkdir()
