@@ -21,7 +21,7 @@ from fstq_infer.adapters.fit import fit
 from fstq_infer.adapters.info import FOLDER, AdapterInfo, check_name, path_of
 from fstq_infer.adapters.peft import WEIGHTS, read
 from fstq_infer.adapters.ports import LoraPorts
-from fstq_infer.atomic import replace_file, sha256_file
+from fstq_infer.atomic import replace_file, sha256_file, staged_file
 from fstq_infer.bundle import MANIFEST_CAP, Bundle
 from fstq_infer.errors import AdapterFormatError, AdapterMismatchError, AdapterNameError, BundleError, suggestion
 from fstq_infer.manifest import Manifest, Pruning
@@ -114,10 +114,10 @@ def add(path: Path, name: str, directory: Path, *, force: bool = False) -> Bundl
         left = {have: entry for have, entry in manifest.adapters.items() if have not in same}
         changed = replace(manifest, adapters={**left, name: info})
         _encoded(path, changed)
-        for old in same:
-            bundle = _without(bundle, old)
-        (path / FOLDER).mkdir(exist_ok=True)
-        replace_file(path / path_of(name), data)
+        with staged_file(path / path_of(name), data) as place:
+            for old in same:
+                bundle = _without(bundle, old)
+            place()
         return _write(bundle, changed)
 
 
