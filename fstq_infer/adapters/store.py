@@ -23,7 +23,14 @@ from fstq_infer.adapters.peft import WEIGHTS, read
 from fstq_infer.adapters.ports import LoraPorts
 from fstq_infer.atomic import replace_file, sha256_file, staged_file
 from fstq_infer.bundle import MANIFEST_CAP, Bundle
-from fstq_infer.errors import AdapterFormatError, AdapterMismatchError, AdapterNameError, BundleError, suggestion
+from fstq_infer.errors import (
+    AdapterFormatError,
+    AdapterMismatchError,
+    AdapterNameError,
+    BundleError,
+    BundlePathError,
+    suggestion,
+)
 from fstq_infer.manifest import Manifest, Pruning
 from fstq_infer.strict_json import MANIFEST
 
@@ -102,6 +109,8 @@ def add(path: Path, name: str, directory: Path, *, force: bool = False) -> Bundl
     check_name(name)
     with _changing(path) as bundle:
         manifest = bundle.manifest
+        if (path / FOLDER).is_symlink():
+            raise BundlePathError(f"{path / FOLDER} is a link, expected a folder inside the bundle. Remove the link.")
         if manifest.lora is None:
             raise AdapterMismatchError(
                 f"{path} was exported without inputs for adapters. Export the model again with --adapter {directory}, "

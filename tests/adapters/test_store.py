@@ -127,6 +127,14 @@ def test_the_old_adapter_stays_where_the_new_one_cannot_be_written(
     Bundle.open(bundle)
 
 
+def test_nothing_is_written_through_a_link(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    os.symlink(tmp_path / "elsewhere", bundle / "adapters")
+    with pytest.raises(BundlePathError, match="is a link"):
+        store.add(bundle, "med", write(tmp_path / "med"))
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_file_without_an_entry_is_not_looked_at(bundle: Path) -> None:
     """What a writer leaves that dies between the adapter's file and the manifest."""
     (bundle / "adapters").mkdir()
