@@ -93,6 +93,7 @@ DAMAGED: list[tuple[dict[str, Any], str]] = [
     ({"alpha_pattern": {"x": None}}, "alpha_pattern"),
     ({"layers_to_transform": "1"}, "layers_to_transform"),
     ({"target_modules": [1]}, "target_modules"),
+    ({"exclude_modules": [1]}, "exclude_modules"),
     ({"fstq_base_sha256": "xyz"}, "fstq_base_sha256"),
 ]
 
@@ -176,6 +177,21 @@ def test_targets_and_layers_have_to_be_those_of_the_file(tmp_path: Path) -> None
         read(layers_to_transform=[1], target_modules=["down_proj"])
     read(target_modules=".*proj")  # a pattern: the weights themselves say what it matched
     read(target_modules=["all-linear"])
+
+
+def test_excluded_modules_are_no_targets(tmp_path: Path) -> None:
+    def read(arrays: dict[str, np.ndarray], **changes: Any) -> None:
+        fit(peft.read(write(tmp_path / "a", arrays, **changes)), ports(), HASH)
+
+    only = {key: array for key, array in matrices().items() if "down_proj" not in key}
+    read(only, exclude_modules=["down_proj"])
+    read(only, exclude_modules=["layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"])
+    read(only, exclude_modules=".*down_proj")  # a pattern: the weights themselves say what it matched
+    read(matrices(), exclude_modules=[])
+    with pytest.raises(AdapterMismatchError, match="down_proj, which .* does not target"):
+        read(matrices(), exclude_modules=["down_proj"])
+    with pytest.raises(AdapterMismatchError, match=r"lacks model\.layers\.0\.mlp\.down_proj"):
+        read(only, exclude_modules=["layers.1.mlp.down_proj"])
 
 
 names = st.from_regex(r"[a-z]{1,3}(\.[a-z0-9]{1,3}){0,4}", fullmatch=True)
