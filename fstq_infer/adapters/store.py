@@ -157,11 +157,11 @@ def load(bundle: Bundle, name: str) -> Adapter:
     if ports is None or kind is None:
         raise AdapterMismatchError(f"{bundle.path} has no inputs for adapters in {', '.join(DTYPES)}.")
     arrays = {key: tensor.array() for key, tensor in tensors.read(path, info.sha256).items()}
-    _check(path, arrays, ports, kind)
+    _check(path, arrays, ports, kind, info.probe)
     return Adapter(name, arrays, info.probe, info.pruning)
 
 
-def _check(path: Path, arrays: Mapping[str, Array], ports: LoraPorts, dtype: np.dtype[Any]) -> None:
+def _check(path: Path, arrays: Mapping[str, Array], ports: LoraPorts, dtype: np.dtype[Any], probe: bool) -> None:
     """A file in a bundle may come from anywhere, as the bundle itself may."""
     left = set(arrays)
     for one in ports.linears:
@@ -177,6 +177,11 @@ def _check(path: Path, arrays: Mapping[str, Array], ports: LoraPorts, dtype: np.
     for name, shape in ports.probes.items():
         if name in left and arrays[name].shape == shape and arrays[name].dtype == np.float32:
             left.remove(name)
+        if (name in arrays) != probe:
+            raise AdapterFormatError(
+                f"{path} {'lacks' if probe else 'holds'} {name[:80]!a}, but the manifest says that the adapter brings "
+                f"{'all' if probe else 'no'} probes of its own. Add the adapter again."
+            )
     if left:
         raise AdapterFormatError(f"{path}: {min(left)[:80]!a} is no input of the graph. Add the adapter again.")
 

@@ -159,14 +159,14 @@ def test_damaged_adapter_files(bundle: Path, tmp_path: Path) -> None:
         Bundle.open(bundle)
 
 
-def forge(bundle: Path, arrays: dict[str, np.ndarray]) -> Bundle:
+def forge(bundle: Path, arrays: dict[str, np.ndarray], **entry: Any) -> Bundle:
     """A bundle whose manifest vouches for any content."""
     data = tensors.encode(arrays)
     (bundle / "adapters" / "med.safetensors").write_bytes(data)
     manifest = json.loads((bundle / "manifest.json").read_text())
     import hashlib
 
-    manifest["adapters"]["med"] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["adapters"]["med"] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} | entry
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     return Bundle.open(bundle)
 
@@ -189,6 +189,20 @@ def test_files_that_do_not_fit_the_graph(bundle: Path, tmp_path: Path) -> None:
     only = forge(bundle, {name: array for name, array in good.items() if name != b})
     with pytest.raises(AdapterFormatError, match="does not fit"):
         store.load(only, "med")
+
+
+def test_probes_are_those_that_the_manifest_says(bundle: Path, tmp_path: Path) -> None:
+    store.add(bundle, "med", write(tmp_path / "med"))
+    good = dict(store.load(Bundle.open(bundle), "med").arrays)
+    data = json.loads((bundle / "manifest.json").read_text())
+    data["graph"]["lora"]["probes"] = {"p": [2, 3], "q": [2]}
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    own = {"p": np.ones((2, 3), np.float32), "q": np.ones(2, np.float32)}
+    assert store.load(forge(bundle, good | own, probe=True), "med").probe
+    assert not store.load(forge(bundle, good, probe=False), "med").probe
+    for arrays, probe, match in ((good | {"p": own["p"]}, True, "lacks 'q'"), (good | own, False, "holds 'p'")):
+        with pytest.raises(AdapterFormatError, match=match):
+            store.load(forge(bundle, arrays, probe=probe), "med")
 
 
 def test_library_finds_what_was_added_later_and_loads_once(bundle: Path, tmp_path: Path) -> None:
