@@ -219,6 +219,19 @@ def test_library_finds_what_was_added_later_and_loads_once(bundle: Path, tmp_pat
         library.get(3)  # type: ignore[arg-type]
 
 
+def test_library_finds_what_was_replaced_later(bundle: Path, tmp_path: Path) -> None:
+    store.add(bundle, "med", write(tmp_path / "med"))
+    library = Library(Bundle.open(bundle))
+    store.add(bundle, "med", write(tmp_path / "other", lora_alpha=60), force=True)
+    found, now = library.get("med"), store.load(Bundle.open(bundle), "med")
+    assert found is not None and all((found.arrays[name] == array).all() for name, array in now.arrays.items())
+    damaged = Library(Bundle.open(bundle))
+    path = bundle / "adapters" / "med.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(AdapterFormatError, match="has changed"):
+        damaged.get("med")
+
+
 def test_manifest_round_trip_with_adapters(bundle: Path, tmp_path: Path) -> None:
     manifest = store.add(bundle, "med", write(tmp_path / "med")).manifest
     measured = replace(manifest.adapters["med"], pruning=Pruning(1.0, "gate", True, None, None), probe=True)
@@ -245,6 +258,8 @@ BROKEN: list[tuple[tuple[str, ...], Any]] = [
     (("graph", "lora", "probes"), {"x": []}),
     (("graph", "lora", "probes"), {"x": [0]}),
     ((*LINEAR, "inputs"), 0),
+    ((*LINEAR, "inputs"), 9),
+    ((*LINEAR, "of"), 13),
     ((*LINEAR, "runs"), [0, 5]),
     ((*LINEAR, "runs"), [0, 6, 1]),
     ((*LINEAR, "runs"), [8, 6]),
