@@ -188,7 +188,7 @@ def test_excluded_modules_are_no_targets(tmp_path: Path) -> None:
     read(only, exclude_modules=["layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"])
     read(only, exclude_modules=".*down_proj")  # a pattern: the weights themselves say what it matched
     read(matrices(), exclude_modules=[])
-    with pytest.raises(AdapterMismatchError, match="down_proj, which .* does not target"):
+    with pytest.raises(AdapterMismatchError, match=r"down_proj, which .* does not target"):
         read(matrices(), exclude_modules=["down_proj"])
     with pytest.raises(AdapterMismatchError, match=r"lacks model\.layers\.0\.mlp\.down_proj"):
         read(only, exclude_modules=["layers.1.mlp.down_proj"])
