@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -43,6 +43,13 @@ def sha256_file(path: str | os.PathLike[str], size: int | None = None) -> str:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write ``path`` so that a reader, or a power cut, finds the old content or the new one. Raises OSError."""
+    with staged_file(path, data) as place:
+        place()
+
+
+@contextlib.contextmanager
+def staged_file(path: Path, data: bytes) -> Iterator[Callable[[], None]]:
+    """Yield what puts ``data``, which is on the disk by then, in place of ``path``; without that, nothing changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -50,11 +57,14 @@ def replace_file(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
+
+        def place() -> None:
+            os.replace(partial, path)
+            _sync(path.parent)
+
+        yield place
+    finally:
         partial.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
 
 
 @contextlib.contextmanager

@@ -41,11 +41,6 @@ class WithoutAdapters(InPlacePass):
         return PassResult(model, bool(branches))
 
 
-def has_adapters(model: ir.Model) -> bool:
-    """Whether a graph has inputs for adapters."""
-    return any((value.name or "").startswith(_PORT) for value in model.graph.inputs)
-
-
 def share_weights(folder: Path, model: str, other: str) -> int:
     """Let ``other`` read the weights that it shares with ``model`` from that one's file; returns the bytes shared.
 
@@ -66,7 +61,7 @@ def share_weights(folder: Path, model: str, other: str) -> int:
                 left += b"\0" * (-len(left) % 64)
                 _move(tensor, own.name, len(left))
                 left += second[offset : offset + length]
-    own.unlink()
+    own.unlink(missing_ok=True)
     if left:
         own.write_bytes(left)
     (folder / other).write_bytes(theirs.SerializeToString())

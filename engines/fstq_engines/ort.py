@@ -140,6 +140,10 @@ def _build(bundle: Bundle, wanted: Identity, target: Path, threads: int | None, 
             (partial / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
     except BundleError as error:  # of atomic_directory, whose messages speak for themselves
         raise EngineError(str(error)) from error
+    except OSError as error:
+        raise EngineError(
+            f"{target} cannot be written: {error}. Is the disk full? Free space and try again."
+        ) from error
     say(f"built {target} in {sidecar.build_seconds:.1f} s")
 
 

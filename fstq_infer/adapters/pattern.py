@@ -5,13 +5,15 @@ A safe part of the language is accepted: what it matches takes time quadratic in
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from fstq_infer.errors import AdapterKindError
 
-LONGEST, MOST, QUANTIFIERS = 256, 4096, 2
+LONGEST, MOST, QUANTIFIERS = 256, 256, 2
+LONGEST_NAME = 512  # of a module
 _SAFE = re.compile(
     r"(?:\^(?!.*\|))?(?:[\w\-.|]|\\[.dw]|\((?:\?:)?(?=[^()]*\)(?![*+?{]))|\)|\[[\w\-.]+\]|(?<=[\w.\]])[*+?])*\$?"
 )
@@ -31,7 +33,7 @@ def check(patterns: Iterable[str], what: str) -> None:
                 "for ever. Write modules' names in its place, such as 'layers.0.self_attn.q_proj'."
             )
         try:
-            re.compile(pattern)
+            _compiled(pattern)
         except re.error as error:
             raise AdapterKindError(f"{what} has the pattern {pattern[:80]!a}, which is none: {error}.") from error
 
@@ -40,14 +42,18 @@ def matches(pattern: str, module: str) -> bool:
     """PEFT's rule: the pattern equals the module's name, or its end from a dot on. ``pattern`` has been checked."""
     if pattern == module or module.endswith(f".{pattern}"):
         return True
-    ends = [module] if pattern.startswith("^") else [module, *_ends(module)]
-    compiled = re.compile(pattern)
-    return any(compiled.fullmatch(end) for end in ends)
+    ends = (module,) if pattern.startswith("^") else _ends(module)
+    return any(map(_compiled(pattern).fullmatch, ends))
 
 
-def _ends(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[i:]) for i in range(1, len(parts))]
+_compiled = functools.lru_cache(maxsize=4 * MOST)(re.compile)
+
+
+def _ends(module: str) -> Iterator[str]:
+    yield module
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module
 
 
 def find(patterns: Mapping[str, Value], module: str, otherwise: Value) -> Value:

@@ -70,6 +70,7 @@ class Config:
     alphas: Mapping[str, float]
     layers: frozenset[int] | None
     targets: tuple[str, ...] | None  # None: a pattern that the weights stand for
+    excluded: tuple[str, ...] | None  # as targets
     base: str
     base_sha256: str | None
 
@@ -176,6 +177,14 @@ def parse(path: Path, data: Mapping[str, Any]) -> Config:
         pattern.check(found, f"{path}: {key}")
         return found
 
+    def modules(key: str) -> tuple[str, ...] | None:
+        found = data.get(key)
+        if found is None or isinstance(found, str):
+            return None
+        if not isinstance(found, list) or not all(isinstance(t, str) and len(t) < 512 for t in found):
+            raise wrong(key, "a list of names, or a pattern")
+        return tuple(found)
+
     if not natural(data.get("r")):
         raise wrong("r", f"a rank from 1 to {MOST_RANK}")
     if not number(data.get("lora_alpha", 8)):
@@ -184,11 +193,6 @@ def parse(path: Path, data: Mapping[str, Any]) -> Config:
     layers = [layers] if isinstance(layers, int) else layers
     if layers is not None and not (isinstance(layers, list) and all(isinstance(n, int) for n in layers)):
         raise wrong("layers_to_transform", "a list of layers")
-    targets = data.get("target_modules")
-    if targets is not None and not isinstance(targets, str):
-        if not isinstance(targets, list) or not all(isinstance(t, str) and len(t) < 512 for t in targets):
-            raise wrong("target_modules", "a list of names, or a pattern")
-        targets = tuple(targets)
     base, digest = data.get("base_model_name_or_path"), data.get(BASE_HASH)
     if digest is not None and (not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest)):
         raise wrong(BASE_HASH, "64 hexadecimal digits")
@@ -199,7 +203,8 @@ def parse(path: Path, data: Mapping[str, Any]) -> Config:
         ranks=patterns("rank_pattern", natural, "ranks"),
         alphas=patterns("alpha_pattern", number, "numbers that are not 0"),
         layers=None if layers is None else frozenset(layers),
-        targets=targets if isinstance(targets, tuple) else None,
+        targets=modules("target_modules"),
+        excluded=modules("exclude_modules") if data.get("exclude_modules") else (),
         base=base[:512] if isinstance(base, str) else "",
         base_sha256=digest,
     )
@@ -212,6 +217,11 @@ def _pairs(path: Path, found: Mapping[str, tensors.Tensor], config: Config) -> d
         match = _KEY.fullmatch(key.removeprefix(PREFIX))
         if match is None:
             raise _odd_key(path, key)
+        if len(match["module"]) > pattern.LONGEST_NAME:
+            raise AdapterFormatError(
+                f"{path}: the module {match['module'][:80]!a}... has a name of {len(match['module'])} characters, "
+                f"expected at most {pattern.LONGEST_NAME}. Is it a LoRA adapter?"
+            )
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     if not sides:
         raise AdapterFormatError(f"{path} holds no lora_A and lora_B. Save the adapter again.")
@@ -279,12 +289,13 @@ def check_targets(adapter: Peft, modules: Mapping[str, tuple[int, int]], layer_o
         module
         for module in modules
         if (config.targets is None or _is_target(config.targets, module))
+        and not (config.excluded and _is_named(config.excluded, module))
         and (config.layers is None or layer_of[module] in config.layers)
     }
     odd = sorted(adapter.pairs.keys() - wanted)
     absent = (
         sorted(wanted - adapter.pairs.keys())
-        if config.targets is not None and "all-linear" not in config.targets
+        if config.targets is not None and config.excluded is not None and "all-linear" not in config.targets
         else []
     )
     if odd or absent:
@@ -297,4 +308,8 @@ def check_targets(adapter: Peft, modules: Mapping[str, tuple[int, int]], layer_o
 
 
 def _is_target(targets: tuple[str, ...], module: str) -> bool:
-    return any(module == target or module.endswith(f".{target}") for target in targets) or targets == ("all-linear",)
+    return _is_named(targets, module) or targets == ("all-linear",)
+
+
+def _is_named(names: tuple[str, ...], module: str) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)

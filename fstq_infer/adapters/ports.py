@@ -84,17 +84,18 @@ class LoraPorts:
     def from_json(cls, data: JsonObject, layers: int) -> LoraPorts:
         """Raises ManifestError. layers: of the model."""
         linears, listed = [], data.nested("linears")
+        widths: dict[str, tuple[int, int]] = {}  # module -> inputs, outputs
         for name in listed.data:
             one = listed.nested(name)
             number, _, path = name.partition(".")
             if not (number.isascii() and number.isdigit() and path and int(number[:9]) < layers):
                 raise listed.bad(name, f"as its name {NAME}, below layer {layers}")
             outputs, of = one.integer("outputs", 1, MOST_WIDTH), one.integer("of", 1, MOST_WIDTH)
-            linears.append(
-                Linear(
-                    name, one.text("module"), one.integer("inputs", 1, MOST_WIDTH), outputs, of, _runs(one, outputs, of)
-                )
-            )
+            module, inputs = one.text("module"), one.integer("inputs", 1, MOST_WIDTH)
+            if widths.setdefault(module, (inputs, of)) != (inputs, of):
+                expected = "'inputs' {} and 'of' {}, as another part of its module".format(*widths[module])
+                raise listed.bad(name, expected)
+            linears.append(Linear(name, module, inputs, outputs, of, _runs(one, outputs, of)))
         probes, shapes = data.nested("probes"), {}
         for name in probes.data:
             shape = probes.array(name)

@@ -21,9 +21,16 @@ from fstq_infer.adapters.fit import fit
 from fstq_infer.adapters.info import FOLDER, AdapterInfo, check_name, path_of
 from fstq_infer.adapters.peft import WEIGHTS, read
 from fstq_infer.adapters.ports import LoraPorts
-from fstq_infer.atomic import replace_file, sha256_file
-from fstq_infer.bundle import Bundle
-from fstq_infer.errors import AdapterFormatError, AdapterMismatchError, AdapterNameError, BundleError, suggestion
+from fstq_infer.atomic import replace_file, sha256_file, staged_file
+from fstq_infer.bundle import MANIFEST_CAP, Bundle
+from fstq_infer.errors import (
+    AdapterFormatError,
+    AdapterMismatchError,
+    AdapterNameError,
+    BundleError,
+    BundlePathError,
+    suggestion,
+)
 from fstq_infer.manifest import Manifest, Pruning
 from fstq_infer.strict_json import MANIFEST
 
@@ -102,6 +109,8 @@ def add(path: Path, name: str, directory: Path, *, force: bool = False) -> Bundl
     check_name(name)
     with _changing(path) as bundle:
         manifest = bundle.manifest
+        if (path / FOLDER).is_symlink():
+            raise BundlePathError(f"{path / FOLDER} is a link, expected a folder inside the bundle. Remove the link.")
         if manifest.lora is None:
             raise AdapterMismatchError(
                 f"{path} was exported without inputs for adapters. Export the model again with --adapter {directory}, "
@@ -111,11 +120,14 @@ def add(path: Path, name: str, directory: Path, *, force: bool = False) -> Bundl
         if same and not force:
             raise AdapterNameError(f"{path} has an adapter {same[0]!a} already. Pass --force to replace it.")
         data, info = encode(directory, manifest.lora, manifest.model.dtype, manifest.provenance.source_sha256)
-        for old in same:
-            bundle = _without(bundle, old)
-        (path / FOLDER).mkdir(exist_ok=True)
-        replace_file(path / path_of(name), data)
-        return _write(bundle, replace(bundle.manifest, adapters={**bundle.manifest.adapters, name: info}))
+        left = {have: entry for have, entry in manifest.adapters.items() if have not in same}
+        changed = replace(manifest, adapters={**left, name: info})
+        _encoded(path, changed)
+        with staged_file(path / path_of(name), data) as place:
+            for old in same:
+                bundle = _without(bundle, old)
+            place()
+        return _write(bundle, changed)
 
 
 def remove(path: Path, name: str) -> Bundle:
@@ -145,11 +157,11 @@ def load(bundle: Bundle, name: str) -> Adapter:
     if ports is None or kind is None:
         raise AdapterMismatchError(f"{bundle.path} has no inputs for adapters in {', '.join(DTYPES)}.")
     arrays = {key: tensor.array() for key, tensor in tensors.read(path, info.sha256).items()}
-    _check(path, arrays, ports, kind)
+    _check(path, arrays, ports, kind, info.probe)
     return Adapter(name, arrays, info.probe, info.pruning)
 
 
-def _check(path: Path, arrays: Mapping[str, Array], ports: LoraPorts, dtype: np.dtype[Any]) -> None:
+def _check(path: Path, arrays: Mapping[str, Array], ports: LoraPorts, dtype: np.dtype[Any], probe: bool) -> None:
     """A file in a bundle may come from anywhere, as the bundle itself may."""
     left = set(arrays)
     for one in ports.linears:
@@ -165,6 +177,11 @@ def _check(path: Path, arrays: Mapping[str, Array], ports: LoraPorts, dtype: np.
     for name, shape in ports.probes.items():
         if name in left and arrays[name].shape == shape and arrays[name].dtype == np.float32:
             left.remove(name)
+        if (name in arrays) != probe:
+            raise AdapterFormatError(
+                f"{path} {'lacks' if probe else 'holds'} {name[:80]!a}, but the manifest says that the adapter brings "
+                f"{'all' if probe else 'no'} probes of its own. Add the adapter again."
+            )
     if left:
         raise AdapterFormatError(f"{path}: {min(left)[:80]!a} is no input of the graph. Add the adapter again.")
 
@@ -195,7 +212,16 @@ def _without(bundle: Bundle, name: str) -> Bundle:
 
 
 def _write(bundle: Bundle, manifest: Manifest) -> Bundle:
-    data = manifest.to_json().encode()
-    Manifest.from_json(data)
-    replace_file(bundle.path / MANIFEST, data)
+    replace_file(bundle.path / MANIFEST, _encoded(bundle.path, manifest))
     return Bundle.open(bundle.path, checksums=False)
+
+
+def _encoded(path: Path, manifest: Manifest) -> bytes:
+    data = manifest.to_json().encode()
+    if len(data) > MANIFEST_CAP:
+        raise BundleError(
+            f"{path / MANIFEST} would have {len(data)} bytes, expected at most {MANIFEST_CAP}. Remove adapters with "
+            "'fstq adapter remove'."
+        )
+    Manifest.from_json(data)
+    return data

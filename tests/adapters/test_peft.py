@@ -93,6 +93,7 @@ DAMAGED: list[tuple[dict[str, Any], str]] = [
     ({"alpha_pattern": {"x": None}}, "alpha_pattern"),
     ({"layers_to_transform": "1"}, "layers_to_transform"),
     ({"target_modules": [1]}, "target_modules"),
+    ({"exclude_modules": [1]}, "exclude_modules"),
     ({"fstq_base_sha256": "xyz"}, "fstq_base_sha256"),
 ]
 
@@ -178,6 +179,21 @@ def test_targets_and_layers_have_to_be_those_of_the_file(tmp_path: Path) -> None
     read(target_modules=["all-linear"])
 
 
+def test_excluded_modules_are_no_targets(tmp_path: Path) -> None:
+    def read(arrays: dict[str, np.ndarray], **changes: Any) -> None:
+        fit(peft.read(write(tmp_path / "a", arrays, **changes)), ports(), HASH)
+
+    only = {key: array for key, array in matrices().items() if "down_proj" not in key}
+    read(only, exclude_modules=["down_proj"])
+    read(only, exclude_modules=["layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"])
+    read(only, exclude_modules=".*down_proj")  # a pattern: the weights themselves say what it matched
+    read(matrices(), exclude_modules=[])
+    with pytest.raises(AdapterMismatchError, match=r"down_proj, which .* does not target"):
+        read(matrices(), exclude_modules=["down_proj"])
+    with pytest.raises(AdapterMismatchError, match=r"lacks model\.layers\.0\.mlp\.down_proj"):
+        read(only, exclude_modules=["layers.1.mlp.down_proj"])
+
+
 names = st.from_regex(r"[a-z]{1,3}(\.[a-z0-9]{1,3}){0,4}", fullmatch=True)
 
 
@@ -197,6 +213,15 @@ def test_patterns_take_little_time() -> None:
     for text in ("(a*)*x", "(a|a)+x", "a{2,}{3,}", "a*a*a*x", "(?=a)", "(?P<x>a)", r"\1", "a\nb", "^a|b"):
         with pytest.raises(AdapterKindError, match=r"does not try|which is none"):
             pattern.check([text], "test")
+
+
+def test_long_names_and_many_patterns_are_refused(tmp_path: Path) -> None:
+    arrays = {f"{PREFIX}{'a.' * 300}a.lora_{side}.weight": np.ones((2, 2), np.float32) for side in "AB"}
+    with pytest.raises(AdapterFormatError, match=r"a name of 601 characters, expected at most 512") as caught:
+        peft.read(write(tmp_path / "a", arrays))
+    assert "a." * 50 not in str(caught.value)
+    with pytest.raises(AdapterKindError, match="257 patterns, expected at most 256"):
+        pattern.check((f"layers.{n}" for n in range(257)), "test")
 
 
 def test_json_of_the_sample_is_what_peft_would_write(tmp_path: Path) -> None:

@@ -103,6 +103,32 @@ def test_nothing_changes_where_an_adapter_does_not_fit_or_the_disk_fails(
     Bundle.open(bundle)
 
 
+def test_a_manifest_that_would_be_too_large(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+    monkeypatch.setattr(store, "MANIFEST_CAP", len(before) + 10)
+    with pytest.raises(BundleError, match=r"would have \d+ bytes, expected at most \d+\. Remove adapters"):
+        store.add(bundle, "x", write(tmp_path / "a"))
+    assert (bundle / "manifest.json").read_bytes() == before and not (bundle / "adapters").exists()
+
+
+def test_the_old_adapter_stays_where_the_new_one_cannot_be_written(bundle: Path, tmp_path: Path) -> None:
+    store.add(bundle, "med", write(tmp_path / "med"))
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    (bundle / "adapters" / f".med.safetensors.partial-{os.getpid()}").mkdir()  # writing there fails
+    with pytest.raises(BundleError, match="cannot be changed"):
+        store.add(bundle, "med", write(tmp_path / "other", lora_alpha=60), force=True)
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
+    Bundle.open(bundle)
+
+
+def test_nothing_is_written_through_a_link(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    os.symlink(tmp_path / "elsewhere", bundle / "adapters")
+    with pytest.raises(BundlePathError, match="is a link"):
+        store.add(bundle, "med", write(tmp_path / "med"))
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_file_without_an_entry_is_not_looked_at(bundle: Path) -> None:
     """What a writer leaves that dies between the adapter's file and the manifest."""
     (bundle / "adapters").mkdir()
@@ -133,14 +159,14 @@ def test_damaged_adapter_files(bundle: Path, tmp_path: Path) -> None:
         Bundle.open(bundle)
 
 
-def forge(bundle: Path, arrays: dict[str, np.ndarray]) -> Bundle:
+def forge(bundle: Path, arrays: dict[str, np.ndarray], **entry: Any) -> Bundle:
     """A bundle whose manifest vouches for any content."""
     data = tensors.encode(arrays)
     (bundle / "adapters" / "med.safetensors").write_bytes(data)
     manifest = json.loads((bundle / "manifest.json").read_text())
     import hashlib
 
-    manifest["adapters"]["med"] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["adapters"]["med"] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} | entry
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     return Bundle.open(bundle)
 
@@ -165,6 +191,20 @@ def test_files_that_do_not_fit_the_graph(bundle: Path, tmp_path: Path) -> None:
         store.load(only, "med")
 
 
+def test_probes_are_those_that_the_manifest_says(bundle: Path, tmp_path: Path) -> None:
+    store.add(bundle, "med", write(tmp_path / "med"))
+    good = dict(store.load(Bundle.open(bundle), "med").arrays)
+    data = json.loads((bundle / "manifest.json").read_text())
+    data["graph"]["lora"]["probes"] = {"p": [2, 3], "q": [2]}
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    own = {"p": np.ones((2, 3), np.float32), "q": np.ones(2, np.float32)}
+    assert store.load(forge(bundle, good | own, probe=True), "med").probe
+    assert not store.load(forge(bundle, good, probe=False), "med").probe
+    for arrays, probe, match in ((good | {"p": own["p"]}, True, "lacks 'q'"), (good | own, False, "holds 'p'")):
+        with pytest.raises(AdapterFormatError, match=match):
+            store.load(forge(bundle, arrays, probe=probe), "med")
+
+
 def test_library_finds_what_was_added_later_and_loads_once(bundle: Path, tmp_path: Path) -> None:
     library = Library(Bundle.open(bundle))
     assert library.names == () and library.get(None) is None
@@ -177,6 +217,19 @@ def test_library_finds_what_was_added_later_and_loads_once(bundle: Path, tmp_pat
         library.get("mad")
     with pytest.raises(OptionError, match="adapter=3"):
         library.get(3)  # type: ignore[arg-type]
+
+
+def test_library_finds_what_was_replaced_later(bundle: Path, tmp_path: Path) -> None:
+    store.add(bundle, "med", write(tmp_path / "med"))
+    library = Library(Bundle.open(bundle))
+    store.add(bundle, "med", write(tmp_path / "other", lora_alpha=60), force=True)
+    found, now = library.get("med"), store.load(Bundle.open(bundle), "med")
+    assert found is not None and all((found.arrays[name] == array).all() for name, array in now.arrays.items())
+    damaged = Library(Bundle.open(bundle))
+    path = bundle / "adapters" / "med.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(AdapterFormatError, match="has changed"):
+        damaged.get("med")
 
 
 def test_manifest_round_trip_with_adapters(bundle: Path, tmp_path: Path) -> None:
@@ -205,6 +258,8 @@ BROKEN: list[tuple[tuple[str, ...], Any]] = [
     (("graph", "lora", "probes"), {"x": []}),
     (("graph", "lora", "probes"), {"x": [0]}),
     ((*LINEAR, "inputs"), 0),
+    ((*LINEAR, "inputs"), 9),
+    ((*LINEAR, "of"), 13),
     ((*LINEAR, "runs"), [0, 5]),
     ((*LINEAR, "runs"), [0, 6, 1]),
     ((*LINEAR, "runs"), [8, 6]),

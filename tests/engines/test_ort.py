@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnxruntime", reason="the ONNX Runtime backend needs the 'ort' extra")
 
-from fstq_engines import cache, external, ort, parity
+from fstq_engines import cache, external, lora, ort, parity
 from fstq_engines.cache import SIDECAR, Cpu, Sidecar
 
 from fstq_infer import errors, machine
@@ -35,6 +35,22 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and l
 def built(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine of the tiny bundle, to be copied."""
     return ort.build(tiny_bundle, directory=tmp_path_factory.mktemp("built") / "engine")
+
+
+def test_a_full_disk_is_an_engine_error(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ort, "sha256_file", full)
+    with pytest.raises(errors.EngineError, match=r"No space left on device.*Free space"):
+        ort.build(tiny_bundle, directory=tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+def test_graphs_without_weights_of_their_own_share_none(tmp_path: Path) -> None:
+    for name in ("a.onnx", "b.onnx"):
+        (tmp_path / name).write_bytes(b"")
+    assert lora.share_weights(tmp_path, "a.onnx", "b.onnx") == 0
 
 
 @pytest.fixture
