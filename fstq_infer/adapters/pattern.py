@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from fstq_infer.errors import AdapterKindError
 
-LONGEST, MOST, QUANTIFIERS = 256, 256, 2
+LONGEST, MOST, QUANTIFIERS = 256, 4096, 2
 LONGEST_NAME = 512  # of a module
 _SAFE = re.compile(
     r"(?:\^(?!.*\|))?(?:[\w\-.|]|\\[.dw]|\((?:\?:)?(?=[^()]*\)(?![*+?{]))|\)|\[[\w\-.]+\]|(?<=[\w.\]])[*+?])*\$?"
@@ -46,7 +46,7 @@ def matches(pattern: str, module: str) -> bool:
     return any(map(_compiled(pattern).fullmatch, ends))
 
 
-_compiled = functools.lru_cache(maxsize=4 * MOST)(re.compile)
+_compiled = functools.lru_cache(maxsize=MOST)(re.compile)
 
 
 def _ends(module: str) -> Iterator[str]:

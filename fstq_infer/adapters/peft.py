@@ -46,6 +46,7 @@ REFUSED = {
     "megatron_config": ("of a Megatron model", MERGE),
 }
 # Initialisations that change the base weights too: the adapter fits the changed ones only.
+MOST_TRIES = 1 << 19  # patterns times modules: every module of 100 layers may have a pattern of its own
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 _KEY = re.compile(r"(?P<module>[\w.\-]+)\.lora_(?P<side>[AB])(?:\.default)?\.weight", re.ASCII)
 _KNOWN_KEYS = {
@@ -223,6 +224,11 @@ def _pairs(path: Path, found: Mapping[str, tensors.Tensor], config: Config) -> d
                 f"expected at most {pattern.LONGEST_NAME}. Is it a LoRA adapter?"
             )
         sides.setdefault(match["module"], {})[match["side"]] = tensor
+    if (patterns := max(len(config.ranks), len(config.alphas))) * len(sides) > MOST_TRIES:
+        raise AdapterKindError(
+            f"{path}: {patterns} patterns for {len(sides)} modules take too long to try, expected at most "
+            f"{MOST_TRIES // len(sides)}. Write fewer, wider patterns."
+        )
     if not sides:
         raise AdapterFormatError(f"{path} holds no lora_A and lora_B. Save the adapter again.")
     pairs = {}

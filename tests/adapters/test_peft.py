@@ -220,8 +220,12 @@ def test_long_names_and_many_patterns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError, match=r"a name of 601 characters, expected at most 512") as caught:
         peft.read(write(tmp_path / "a", arrays))
     assert "a." * 50 not in str(caught.value)
-    with pytest.raises(AdapterKindError, match="257 patterns, expected at most 256"):
-        pattern.check((f"layers.{n}" for n in range(257)), "test")
+    with pytest.raises(AdapterKindError, match="4097 patterns, expected at most 4096"):
+        pattern.check((f"layers.{n}" for n in range(4097)), "test")
+    many = {f"{PREFIX}m{n}.lora_{side}.weight": np.ones((2, 2), np.float32) for n in range(200) for side in "AB"}
+    ranks = {f"x{n}": 2 for n in range(2700)}
+    with pytest.raises(AdapterKindError, match="2700 patterns for 200 modules take too long to try, expected at most"):
+        peft.read(write(tmp_path / "b", many, rank_pattern=ranks))
 
 
 def test_json_of_the_sample_is_what_peft_would_write(tmp_path: Path) -> None:
