@@ -19,6 +19,7 @@ from fstq_infer.federated import message, mosaic
 from fstq_infer.federated.budget import UplinkBudgets
 from fstq_infer.federated.downlink import Downlink
 from fstq_infer.federated.flower import Array, ArrayRecord, MetricRecord, RecordDict, Strategy
+from fstq_infer.federated.order import mosaic_reason
 from fstq_infer.federated.records import REPORT, Request, arrays_of, unpack
 from fstq_infer.federated.replies import Signature, metrics_of, most_common, signature
 from fstq_infer.federated.tensors import HASH_BYTES, TensorManifest
@@ -197,6 +198,8 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
                 f"{type(self.inner).__name__} bounds what each reply can change, but mosaic messages are completed "
                 f"from each other, so one client would have a part in several. Use another preset."
             )
+        if reason := mosaic_reason(type(self.inner)):
+            raise ReplyError(reason)
         indices, values = mosaic.decompress(blob, manifest, self.base, self._tiles[node])
         return mosaic.Part(values, indices, weight)
 

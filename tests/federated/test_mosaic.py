@@ -184,9 +184,22 @@ def test_filling_in_never_ends_a_round(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(FstqStrategy, "_absolute", absolute)
     for failing, used in ((False, 8), (False, 8), (True, 7)):  # noqa: B007
         made = 0
-        strategy = FstqStrategy(FedAvg(), BASE, SameBudget(170), max_norm=limit or None)
+        strategy = FstqStrategy(FedAvg(), BASE, SameBudget(0), max_norm=limit or None)
         metrics = strategy.start(make_grid(tmp_path, "mosaic", clients=8), record(weights()), 1)
         assert metrics.train_metrics_clientapp[1]["fstq-used"] == used
         limit = 1.0001 * max(norms[:8])
         assert max(norms[8:16]) > limit  # completed
     assert strategy.refused == {"MessageValueError": 1}
+
+
+def test_strategies_that_compare_replies_take_no_tiles(tmp_path: Path) -> None:
+    pytest.importorskip("flwr", reason="the strategy needs the 'federated' extra")
+    from flwr.serverapp.strategy import FedMedian
+
+    from fstq_infer.federated.budget import SameBudget
+    from fstq_infer.federated.strategy import FstqStrategy
+
+    from .flower_apps import make_grid, record, weights
+
+    result = FstqStrategy(FedMedian(), BASE, SameBudget(0)).start(make_grid(tmp_path, "mosaic"), record(weights()), 1)
+    assert result.train_metrics_clientapp[1]["fstq-refused-ReplyError"] == 4

@@ -205,13 +205,15 @@ def from_flower(settings: Mapping[str, Any]) -> Config:
 
 
 def _checked(tables: Mapping[str, Any], where: str) -> Config:
-    from fstq_infer.federated.app.inner import check_arguments
+    from fstq_infer.federated.app.inner import check_arguments, check_mosaic
 
     config = build(Config, tables, where)
     for key, value in config.strategy.items():
         if type(value) not in SCALARS:
             raise ConfigError(f"{where}: [strategy] {key} is {value!a}, expected text, a number, true or false.")
     check_arguments(config.server.strategy, config.strategy, where)
+    if config.messages.preset == "mosaic":
+        check_mosaic(config.server.strategy, where)
     if config.messages.lowest > config.messages.highest:
         raise ConfigError(f"{where}: [messages] lowest is above highest, expected the other way round.")
     return config
