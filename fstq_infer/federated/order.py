@@ -16,7 +16,7 @@ SECURE_SUMS = ("secagg_mod", "secaggplus_mod")
 LOCAL_NOISE = ("LocalDpMod",)
 OURS = ("FstqMod", "fstq_mod")
 FIRST = "DownlinkMod"
-ROBUST = ("FedMedian", "FedTrimmedAvg", "Krum", "Bulyan")  # and what derives from them
+ROBUST = ("FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")  # and what derives from them
 
 
 def check_mods(mods: Sequence[Any], preset: str = "fstq", fisher: bool = False) -> list[Any]:

@@ -198,9 +198,9 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
                 f"{type(self.inner).__name__} bounds what each reply can change, but mosaic messages are completed "
                 f"from each other, so one client would have a part in several. Use another preset."
             )
+        indices, values = mosaic.decompress(blob, manifest, self.base, self._tiles[node])
         if reason := mosaic_reason(type(self.inner)):
             raise ReplyError(reason)
-        indices, values = mosaic.decompress(blob, manifest, self.base, self._tiles[node])
         return mosaic.Part(values, indices, weight)
 
     def _absolute(self, flat: Any, manifest: TensorManifest) -> Any:
