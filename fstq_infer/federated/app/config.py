@@ -187,15 +187,20 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
         where = f"{path}: [tool.flwr.app.config]"
         for key in ("tool", "flwr", "app", "config"):
             tables = tables.get(key, {}) if isinstance(tables, dict) else {}
+        if not isinstance(tables, dict):
+            raise ConfigError(f"{where} is {tables!a}, expected tables of keys and values.")
     merged = {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
     for section, key in PATHS:
         held = merged.setdefault(section, {})
-        if isinstance(held, dict) and section in DEFAULTS:
+        if not isinstance(held, dict):
+            continue
+        if section in DEFAULTS:
             held.setdefault(key, DEFAULTS[section])
-        if isinstance(held, dict) and isinstance(held.get(key), str):
+        if isinstance(held.get(key), str) and not (section == "data" and held.get("kind") == "hub"):
             held[key] = str(path.parent / held[key])
     for section, table in nested(changes or {}, "--set").items():
-        merged[section] = {**(merged.get(section) or {}), **table}
+        held = merged.get(section, {})
+        merged[section] = {**held, **table} if isinstance(held, dict) else held
     return _checked(merged, where)
 
 
