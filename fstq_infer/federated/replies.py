@@ -19,7 +19,9 @@ def metrics_of(content: Any, weight: str) -> Any:
         raise ReplyError(f"the reply holds {len(records)} metric records, expected one with {weight!a}.")
     value = records[0].get(weight)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST:
-        raise ReplyError(f"the reply's {weight!a} is {str(value)[:40]}, expected a finite number above 0, at most 2**53.")
+        raise ReplyError(
+            f"the reply's {weight!a} is {str(value)[:40]}, expected a finite number above 0, at most 2**53."
+        )
     return records[0]
 
 

@@ -1,7 +1,7 @@
 """The TensorRT backend: a built plan behind the engine protocol. Knows no cache of engines and no text.
 
-Memory is allocated with the first call of a batch size and goes with the engine; a token is decoded by one launch of a CUDA graph that
-holds uploads, kernels and the download of logits. How keys and values are kept is told in
+Memory is allocated with the first call of a batch size and goes with the engine; a token is decoded by one launch of a
+CUDA graph that holds uploads, kernels and the download of logits. How keys and values are kept is told in
 :mod:`fstq_infer.runtime.trt_buffers`.
 """
 

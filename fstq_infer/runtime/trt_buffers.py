@@ -321,7 +321,7 @@ class Buffers:
 
 def finally_call(of: Any, call: Any, *arguments: Any) -> None:
     """Call once ``of`` is gone; not at exit, where the process gives all back and the driver may be gone already."""
-    weakref.finalize(of, call, *arguments).atexit = False  # type: ignore[misc]
+    weakref.finalize(of, call, *arguments).atexit = False
 
 
 def _padding(found: Int64) -> int:

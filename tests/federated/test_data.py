@@ -116,7 +116,7 @@ def test_a_packed_file_with_other_bytes_is_damaged(kind: str, tmp_path: Path) ->
     path = tmp_path / "rows.json.gz"
     content = gzip.compress(lines([{"prompt": "p", "answer": str(n)} for n in range(1000)]))
     path.write_bytes(content[:10] + b"\xff" * 200 + content[210:])  # no block of deflate begins so
-    with pytest.raises(DataError, match="rows.json.gz is (damaged|no JSON file)"):
+    with pytest.raises(DataError, match=r"rows\.json\.gz is (damaged|no JSON file)"):
         read(kind, path)
 
 

@@ -86,7 +86,10 @@ def test_pyproject(tmp_path: Path) -> None:
         ("[tokens]\nkeep = 1.5\n", r"\[tokens\] keep is 1.5, expected a number at most 1 .*|.*above 0 and at most 1"),
         ("[messages]\npreset = 'fst'\n", r"\[messages\] preset is 'fst'; did you mean 'fstq'\?"),
         ("[messages]\nlowest = 5000\nhighest = 4000\n", "lowest is above highest"),
-        ("[messages]\npreset = 'mosaic'\n[server]\nstrategy = 'MultiKrum'\n", r"preset is 'mosaic', but MultiKrum .*liar"),
+        (
+            "[messages]\npreset = 'mosaic'\n[server]\nstrategy = 'MultiKrum'\n",
+            r"preset is 'mosaic', but MultiKrum",
+        ),
         ("[server]\nstrategy = 'FedAvgg'\n", r"\[server\] strategy is 'FedAvgg'; did you mean 'FedAvg'\?"),
         ("[strategy]\nfraction_trian = 0.5\n", r"\[strategy\] has an unknown key 'fraction_trian' for FedAvg; did you"),
         ("[strategy]\nfraction_train = 'half'\n", r"\[strategy\] fraction_train is 'half', expected float"),
