@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 from power import LineError, Sample, from_jtop, parse_line, read_sensors
 
@@ -109,20 +110,33 @@ class Jtop:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         from jtop import jtop  # type: ignore[import-not-found]
 
-        self._clock = clock
+        self._make, self._clock = jtop, clock
         self._samples: list[Sample] = []
-        self._jtop = jtop(interval=INTERVAL * 5)
+        self._jtop: Any = None
 
     def start(self) -> None:
-        """See Meter."""
-        self._samples = []
-        self._jtop.attach(lambda j: self._samples.append(from_jtop(j.power, j.temperature, self._clock())))
-        self._jtop.start()
+        """See Meter. Raises FstqError where the service does not answer."""
+        self._samples = samples = list[Sample]()
+        with _jtop_errors():
+            self._jtop = self._make(interval=INTERVAL * 5)  # a thread, which starts only once
+            self._jtop.attach(lambda j: samples.append(from_jtop(j.power, j.temperature, self._clock())))
+            self._jtop.start()
 
     def stop(self) -> list[Sample]:
-        """See Meter."""
-        self._jtop.close()
+        """See Meter. Raises FstqError where the service has failed."""
+        ended, self._jtop = self._jtop, None
+        if ended is not None:
+            with _jtop_errors():
+                ended.close()
         return self._samples
+
+
+@contextlib.contextmanager
+def _jtop_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # JtopException, and what sockets raise
+        raise FstqError(f"jtop failed: {error}; restart its service, or choose another --power source") from error
 
 
 def choose(env: Environment, wanted: str = "auto") -> Meter | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
-COLUMNS: tuple[tuple[str, Callable[[Row, Row], str]], ...] = (
+Columns = tuple[tuple[str, Callable[[Row, Row | None], str]], ...]  # name, cell of a row and of keep 1's
+COLUMNS: Columns = (
     ("prompt", lambda row, dense: str(row["prompt"])),
     ("keep", lambda row, dense: f"{row['keep']:g}"),
     ("kept", lambda row, dense: str(row["kept"])),
@@ -17,10 +18,10 @@ COLUMNS: tuple[tuple[str, Callable[[Row, Row], str]], ...] = (
     ("decode tok/s", lambda row, dense: f"{row['decode_tokens_per_s']:.1f}"),
     ("roofline", lambda row, dense: _of(row["roofline"], "decode_tokens_per_s", 1, ".1f")),
     ("end to end s", lambda row, dense: f"{row['total_s']:.3f}"),
-    ("speed-up", lambda row, dense: f"{dense['total_s'] / row['total_s']:.2f}x"),
+    ("speed-up", lambda row, dense: "-" if dense is None else f"{dense['total_s'] / row['total_s']:.2f}x"),
     ("KV MiB", lambda row, dense: f"{row['kv_bytes'] / 2**20:.2f}"),
 )
-POWER_COLUMNS: tuple[tuple[str, Callable[[Row, Row], str]], ...] = (
+POWER_COLUMNS: Columns = (
     ("prompt", lambda row, dense: str(row["prompt"])),
     ("keep", lambda row, dense: f"{row['keep']:g}"),
     ("prefill W", lambda row, dense: _watts(row, "prefill")),
@@ -97,10 +98,10 @@ def plot(content: Mapping[str, Any], out: Path) -> bool:
     return True
 
 
-def _table(columns: tuple[tuple[str, Callable[[Row, Row], str]], ...], rows: list[Row]) -> list[str]:
+def _table(columns: Columns, rows: list[Row]) -> list[str]:
     lines = ["| " + " | ".join(name for name, _ in columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        dense = next(other for other in rows if other["prompt"] == row["prompt"])
+        dense = next((other for other in rows if other["prompt"] == row["prompt"] and other["keep"] == 1), None)
         lines.append("| " + " | ".join(cell(row, dense) for _, cell in columns) + " |")
     return lines
 

@@ -16,6 +16,7 @@ SECURE_SUMS = ("secagg_mod", "secaggplus_mod")
 LOCAL_NOISE = ("LocalDpMod",)
 OURS = ("FstqMod", "fstq_mod")
 FIRST = "DownlinkMod"
+ROBUST = ("FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum", "Bulyan")  # and what derives from them
 
 
 def check_mods(mods: Sequence[Any], preset: str = "fstq", fisher: bool = False) -> list[Any]:
@@ -72,3 +73,13 @@ def check_clipping(preset: str) -> None:
             f"bounded. Clip on the server, FstqStrategy(DifferentialPrivacyServerSideFixedClipping(...)), or use "
             f"preset 'lossless'."
         )
+
+
+def mosaic_reason(strategy: type) -> str | None:
+    """Why mosaic messages do not go with a strategy; None where they do."""
+    if not any(cls.__name__ in ROBUST for cls in strategy.__mro__):
+        return None
+    return (
+        f"{strategy.__name__} withstands clients that lie by comparing replies, but mosaic messages are completed from "
+        f"each other by a mean, so one liar would set values of others. Use another preset, or FedAvg."
+    )

@@ -19,6 +19,7 @@ from fstq_infer.federated import message, mosaic
 from fstq_infer.federated.budget import UplinkBudgets
 from fstq_infer.federated.downlink import Downlink
 from fstq_infer.federated.flower import Array, ArrayRecord, MetricRecord, RecordDict, Strategy
+from fstq_infer.federated.order import mosaic_reason
 from fstq_infer.federated.records import REPORT, Request, arrays_of, unpack
 from fstq_infer.federated.replies import Signature, metrics_of, most_common, signature
 from fstq_infer.federated.tensors import HASH_BYTES, TensorManifest
@@ -118,11 +119,11 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         if len(used) < len(read):
             refused["ReplyError"] += len(read) - len(used)
             log.warning("round %d: %d replies have other metrics than most", server_round, len(read) - len(used))
+        used = self._complete(used, refused, server_round)
         if len(used) < self.least:
             refused["TooFewError"] += len(used)
             log.warning("round %d: %d good replies, expected %d: not used", server_round, len(used), self.least)
             used = []
-        self._complete(used)
         self.heard |= {reply.metadata.src_node_id: server_round for reply in used}
         self.refused += refused
         arrays, metrics = self.inner.aggregate_train(server_round, [*used, *failed])
@@ -181,6 +182,7 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         node = reply.metadata.src_node_id
         part = self._part(node, blob, self._manifest, server_round, float(metrics[self._weight()]))
         (delta,) = mosaic.complete([part], self._manifest.parameters)
+        self._check_norm(delta)
         arrays = self._absolute(delta, self._manifest)
         self._parts[node] = part
         reply.content = RecordDict({"arrays": arrays, "metrics": metrics})
@@ -197,11 +199,12 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
                 f"from each other, so one client would have a part in several. Use another preset."
             )
         indices, values = mosaic.decompress(blob, manifest, self.base, self._tiles[node])
+        if reason := mosaic_reason(type(self.inner)):
+            raise ReplyError(reason)
         return mosaic.Part(values, indices, weight)
 
     def _absolute(self, flat: Any, manifest: TensorManifest) -> Any:
         """An ArrayRecord of the weights that the round began with, plus a delta. Raises MessageValueError."""
-        self._check_norm(flat)
         weights = dict[str, Any]()
         for name, delta in manifest.unflatten(flat).items():
             old = self._arrays[name]
@@ -212,13 +215,26 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
             weights[name] = Array(new)
         return ArrayRecord(weights)
 
-    def _complete(self, used: list[Any]) -> None:
-        """Fill what clients with mosaic messages left to others."""
+    def _complete(self, used: list[Any], refused: Counter[str], server_round: int) -> list[Any]:
+        """Fill what clients with mosaic messages left to others; returns the replies for which that works.
+
+        What they sent is within max_norm. What is filled in is others', so its norm is not theirs to answer for.
+        """
         parts = [self._parts[reply.metadata.src_node_id] for reply in used]
         if self._manifest is None or all(part.indices is None for part in parts):
-            return
+            return used
+        good = list[Any]()
         for reply, whole in zip(used, mosaic.complete(parts, self._manifest.parameters), strict=True):
-            reply.content = RecordDict({**dict(reply.content.items()), "arrays": self._absolute(whole, self._manifest)})
+            try:
+                arrays = self._absolute(whole, self._manifest)
+            except FstqError as error:
+                refused[type(error).__name__] += 1
+                node = reply.metadata.src_node_id
+                log.warning("round %d: reply of node %d is left out, completed: %s", server_round, node, error)
+                continue
+            reply.content = RecordDict({**dict(reply.content.items()), "arrays": arrays})
+            good.append(reply)
+        return good
 
     def _check_norm(self, delta: Any) -> None:
         if self.max_norm is None:

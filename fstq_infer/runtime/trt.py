@@ -1,7 +1,7 @@
 """The TensorRT backend: a built plan behind the engine protocol. Knows no cache of engines and no text.
 
-Memory is allocated with the first call of a batch size and stays; a token is decoded by one launch of a CUDA graph that
-holds uploads, kernels and the download of logits. How keys and values are kept is told in
+Memory is allocated with the first call of a batch size and goes with the engine; a token is decoded by one launch of a
+CUDA graph that holds uploads, kernels and the download of logits. How keys and values are kept is told in
 :mod:`fstq_infer.runtime.trt_buffers`.
 """
 
@@ -18,7 +18,7 @@ from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, EngineMismatchError
 from fstq_infer.runtime.cuda import Cuda
 from fstq_infer.runtime.engine import Int64, Stage, Step
-from fstq_infer.runtime.trt_buffers import Buffers, TrtCache
+from fstq_infer.runtime.trt_buffers import Bound, Buffers, TrtCache, finally_call
 from fstq_infer.runtime.trt_ports import Ports
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class TrtEngine:
         self._plan = plan
         self.ports = Ports.of(plan, self._module, self._stages)
         self._stream = self.cuda("cudaStreamCreate")
-        self._contexts = [self._context(profile) for profile in (PREFILL, DECODE)]
+        finally_call(self, self.cuda, "cudaStreamDestroy", self._stream)
+        self._contexts = [Bound(self._context(profile)) for profile in (PREFILL, DECODE)]
         self._empty: dict[int, TrtCache] = {}
         self._pool: dict[int, Buffers] = {}
         self._positions = min(model.max_positions, self.ports.context)

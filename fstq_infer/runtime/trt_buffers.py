@@ -10,17 +10,50 @@ host's: those of kept tokens are looked up in the call's own.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fstq_infer.errors import EngineError
 from fstq_infer.runtime.cuda import ON_DEVICE, RELAXED, TO_DEVICE, TO_HOST, Cuda
 from fstq_infer.runtime.engine import Float32, Int64
 from fstq_infer.runtime.trt_ports import Ports
 
 BUCKET, GRAPHS = 256, 32  # columns; CUDA graphs that are kept
+
+
+@dataclass(slots=True)
+class Bound:
+    """An execution context, and whose shapes and addresses it has: an engine's buffers share it."""
+
+    context: Any
+    by: weakref.ref[Buffers] | None = None
+    shapes: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Owned:
+    """What buffers have on the device: it outlives them, so that a finalizer can give it back."""
+
+    cuda: Cuda
+    memory: list[int] = field(default_factory=list)  # addresses
+    graphs: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Destroy all graphs."""
+        for graph in self.graphs.values():
+            self.cuda("cudaGraphExecDestroy", graph)
+        self.graphs.clear()
+
+    def free(self) -> None:
+        """Give everything back; CUDA waits for what runs."""
+        self.forget()
+        while self.memory:
+            self.cuda("cudaFree", self.memory.pop())
 
 
 class TrtCache:
@@ -50,12 +83,11 @@ class Buffers:
         """Raises EngineError where device memory does not suffice."""
         self.cuda, self.ports, self.batch, self.stream = cuda, ports, batch, stream
         self.users, self.filled = 0, (0,) * ports.groups
-        self._owned: list[tuple[str, int]] = []
+        self._owned = Owned(cuda)
+        finally_call(self, self._owned.free)
         self._host: dict[str, NDArray[Any]] = {}
         self._address: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._graphs: dict[tuple[int, ...], Any] = {}
-        self._warm: tuple[int, ...] = ()
         self._moves = 0
         self._layout = [0] * ports.groups
         self._sizes = [batch * p.heads * ports.context * p.width * p.size for p in ports.cached]
@@ -113,7 +145,7 @@ class Buffers:
         self.cuda("cudaStreamSynchronize", self.stream)
 
     def run(
-        self, context: Any, input_ids: Int64, position_ids: Int64, keep: Int64, most: Sequence[int]
+        self, bound: Bound, input_ids: Int64, position_ids: Int64, keep: Int64, most: Sequence[int]
     ) -> tuple[Int64, ...] | None:
         """One call behind what is held; most: columns that each group gets. Returns what each stage kept.
 
@@ -122,7 +154,7 @@ class Buffers:
         lengths, self.filled = self.filled, ()
         self._write(input_ids, position_ids, keep, most, lengths)
         single = input_ids.shape[1] == 1
-        if not (self._token(context) if single else self._enqueue(context, first=True)):
+        if not (self._token(bound) if single else self._enqueue(bound, first=True)):
             return None
         self.cuda("cudaStreamSynchronize", self.stream)
         kept = self._kept(position_ids, most, single)
@@ -154,37 +186,45 @@ class Buffers:
             columns = ports.context if ports.in_place else self._layout[port.group]
             self._set(port.name, (self.batch, port.heads, columns, port.width))
 
-    def _token(self, context: Any) -> bool:
-        """A call of one token: by a CUDA graph, from the second one in the same shapes on."""
+    def _token(self, bound: Bound) -> bool:
+        """A call of one token: by a CUDA graph, from the second one in a row in the same shapes on."""
         widths = [self._shapes[f"past_positions.{group}"][1] for group in range(self.ports.groups)]
         key = (*widths, self._moves)
-        graph = self._graphs.get(key)
-        if graph is None and self._warm == key:
-            graph = self._capture(context)
-            if len(self._graphs) == GRAPHS:
-                self._forget()
-            self._graphs[key] = graph
+        graphs = self._owned.graphs
+        graph = graphs.get(key)
+        if graph is None and bound.by is not None and bound.by() is self and bound.shapes == key:
+            graph = self._capture(bound)
+            if len(graphs) == GRAPHS:
+                self._owned.forget()
+            graphs[key] = graph
         if graph is not None:
             self.cuda("cudaGraphLaunch", graph, self.stream)
             return True
-        self._warm = key
-        return self._enqueue(context, first=True)
+        if not self._enqueue(bound, first=True):
+            return False
+        bound.shapes = key
+        return True
 
-    def _capture(self, context: Any) -> Any:
+    def _capture(self, bound: Bound) -> Any:
+        """A graph of this call, in which nothing runs yet. Raises EngineError where TensorRT refuses to run."""
         mode = self.cuda.runtime.cudaStreamCaptureMode(RELAXED)
         self.cuda("cudaStreamBeginCapture", self.stream, mode)
         try:
-            self._enqueue(context, first=False)
+            done = self._enqueue(bound, first=False)
         finally:
             graph = self.cuda("cudaStreamEndCapture", self.stream)
-        made = self.cuda("cudaGraphInstantiate", graph, 0)
-        self.cuda("cudaGraphDestroy", graph)
-        return made
+        try:
+            if not done:
+                raise EngineError("TensorRT failed while a CUDA graph of a token was captured; its log says why")
+            return self.cuda("cudaGraphInstantiate", graph, 0)
+        finally:
+            self.cuda("cudaGraphDestroy", graph)
 
-    def _enqueue(self, context: Any, first: bool) -> bool:
+    def _enqueue(self, bound: Bound, first: bool) -> bool:
         """Upload, compute, download. first: in these shapes and with these addresses."""
-        inputs = self.ports.inputs
+        inputs, context = self.ports.inputs, bound.context
         if first:
+            bound.by, bound.shapes = weakref.ref(self), ()
             for name in inputs:
                 context.set_input_shape(name, self._shapes[name])
             for name, address in self._address.items():
@@ -265,7 +305,7 @@ class Buffers:
 
     def _device(self, size: int) -> int:
         address = self.cuda.allocate(size)
-        self._owned.append(("cudaFree", address))
+        self._owned.memory.append(address)
         return address
 
     def _both(self, name: str, count: int, kind: Any = np.int64) -> None:
@@ -273,21 +313,15 @@ class Buffers:
         size = count * np.dtype(kind).itemsize
         self._address[name] = self._device(size)
         address = int(self.cuda("cudaMallocHost", size))
-        self._owned.append(("cudaFreeHost", address))
-        self._host[name] = np.frombuffer((ctypes.c_byte * size).from_address(address), kind)
+        block = (ctypes.c_byte * size).from_address(address)
+        finally_call(block, self.cuda, "cudaFreeHost", address)  # with the last view of it: logits outlive buffers
+        self._host[name] = np.frombuffer(block, kind)
         self._host[name][:] = 0
 
-    def _forget(self) -> None:
-        for graph in self._graphs.values():
-            self.cuda("cudaGraphExecDestroy", graph)
-        self._graphs.clear()
 
-    def close(self) -> None:
-        """Give all memory back; nothing can be read afterwards."""
-        self._forget()
-        for free, address in self._owned:
-            self.cuda(free, address)
-        self._owned.clear()
+def finally_call(of: Any, call: Any, *arguments: Any) -> None:
+    """Call once ``of`` is gone; not at exit, where the process gives all back and the driver may be gone already."""
+    weakref.finalize(of, call, *arguments).atexit = False
 
 
 def _padding(found: Int64) -> int:

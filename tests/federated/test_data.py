@@ -111,6 +111,23 @@ def test_a_packed_file_cut_off_is_damaged(tmp_path: Path) -> None:
         read("jsonl", path)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "squad"])
+def test_a_packed_file_with_other_bytes_is_damaged(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json.gz"
+    content = gzip.compress(lines([{"prompt": "p", "answer": str(n)} for n in range(1000)]))
+    path.write_bytes(content[:10] + b"\xff" * 200 + content[210:])  # no block of deflate begins so
+    with pytest.raises(DataError, match=r"rows\.json\.gz is (damaged|no JSON file)"):
+        read(kind, path)
+
+
+@pytest.mark.parametrize("bad", ["[" * 100_000, '{"prompt": ' + "1" * 5000 + "}", "\udcff"])
+def test_a_line_that_does_not_parse_is_a_skipped_row(bad: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = lines([{"prompt": "p", "answer": "a"}]).strip()
+    path.write_bytes(good + b"\n" + bad.encode(errors="surrogateescape") + b"\n" + good + b"\n")
+    assert len(read("jsonl", path).rows) == 2
+
+
 def test_sizes_are_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(lines([{"prompt": "p" * 200, "answer": "a"}]))

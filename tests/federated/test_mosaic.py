@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,3 +157,51 @@ def test_rounds_of_flower(tmp_path: Path) -> None:
     private = FstqStrategy(DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.0, 1.0, 8), BASE, SameBudget(400))
     refused = private.start(make_grid(tmp_path, "mosaic", clients=8), record(weights()), 1)
     assert refused.train_metrics_clientapp[1]["fstq-refused-PrivacyOrderError"] == 8
+
+
+def test_filling_in_never_ends_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile within max_norm stays so when it is completed; what cannot be completed is a refused reply."""
+    pytest.importorskip("flwr", reason="the strategy needs the 'federated' extra")
+    from flwr.serverapp.strategy import FedAvg
+
+    from fstq_infer.errors import MessageValueError
+    from fstq_infer.federated.budget import SameBudget
+    from fstq_infer.federated.strategy import FstqStrategy
+
+    from .flower_apps import make_grid, record, weights
+
+    norms, limit = list[float](), 0.0
+    real = FstqStrategy._absolute
+    made, failing = 0, False
+
+    def absolute(self: Any, flat: Any, manifest: Any) -> Any:
+        nonlocal made
+        made += 1
+        norms.append(float(np.linalg.norm(flat)))
+        if failing and made == 9:  # eight tiles, then the first one completed
+            raise MessageValueError("not finite")
+        return real(self, flat, manifest)
+
+    monkeypatch.setattr(FstqStrategy, "_absolute", absolute)
+    for failing, used in ((False, 8), (False, 8), (True, 7)):  # noqa: B007
+        made = 0
+        random.seed(0)  # Flower draws slots with it
+        strategy = FstqStrategy(FedAvg(), BASE, SameBudget(0), max_norm=limit or None)
+        metrics = strategy.start(make_grid(tmp_path, "mosaic", clients=8), record(weights()), 1)
+        assert metrics.train_metrics_clientapp[1]["fstq-used"] == used
+        limit = 1.0001 * max(norms[:8])
+        assert max(norms[8:16]) > limit  # completed
+    assert strategy.refused == {"MessageValueError": 1}
+
+
+def test_strategies_that_compare_replies_take_no_tiles(tmp_path: Path) -> None:
+    pytest.importorskip("flwr", reason="the strategy needs the 'federated' extra")
+    from flwr.serverapp.strategy import FedMedian
+
+    from fstq_infer.federated.budget import SameBudget
+    from fstq_infer.federated.strategy import FstqStrategy
+
+    from .flower_apps import make_grid, record, weights
+
+    result = FstqStrategy(FedMedian(), BASE, SameBudget(0)).start(make_grid(tmp_path, "mosaic"), record(weights()), 1)
+    assert result.train_metrics_clientapp[1]["fstq-refused-ReplyError"] == 4

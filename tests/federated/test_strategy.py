@@ -195,6 +195,7 @@ FAULTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "uncompressed": (_plain, "ReplyError"),
     "no weight": (_metrics(**{"num-examples": None}), "ReplyError"),
     "negative weight": (_metrics(**{"num-examples": -5}), "ReplyError"),
+    "enormous weight": (_metrics(**{"num-examples": 1e308}), "ReplyError"),
     "no number": (_metrics(**{"num-examples": float("nan")}), "ReplyError"),
     "list weight": (_metrics(**{"num-examples": [1, 2]}), "ReplyError"),
     "other metrics": (_metrics(more=1.0), "ReplyError"),

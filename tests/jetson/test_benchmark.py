@@ -27,6 +27,14 @@ def test_golden(name: str) -> None:
     assert script("report").markdown(content) == (GOLDEN / f"benchmark-{name}.md").read_text(), REMAKE
 
 
+def test_speed_up_is_over_keep_1_or_not_known() -> None:
+    content = recorded_result("laptop", prompts=(512,))
+    dense, pruned = content["rows"]
+    report, share = script("report"), f"{dense['total_s'] / pruned['total_s']:.2f}x"
+    assert f"| {share} |" in report.markdown(content | {"rows": [pruned, dense]})
+    assert f"| {pruned['total_s']:.3f} | - |" in report.markdown(content | {"rows": [pruned]})
+
+
 def test_pruning_saves_what_the_clock_says() -> None:
     dense, pruned = recorded_result("orin-nano", prompts=(512,))["rows"]
     assert (dense["kept"], pruned["kept"]) == (512, 128)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -54,6 +58,43 @@ def test_sensors(name: str) -> None:
     wait_until(lambda: len(meter._samples) >= 2)
     samples = meter.stop()
     assert len(samples) >= 2 and samples[-1].total > 5
+
+
+class Service(threading.Thread):
+    """A jtop object: one thread, which starts once."""
+
+    power: ClassVar[dict[str, object]] = {}
+    temperature: ClassVar[dict[str, object]] = {}
+    fails = False
+
+    def __init__(self, interval: float) -> None:
+        super().__init__()
+
+    def attach(self, call: Callable[[object], None]) -> None:
+        self.call = call
+
+    def run(self) -> None:
+        self.call(self)
+
+    def start(self) -> None:
+        if self.fails:
+            raise Exception("The jtop.service is not active")
+        super().start()
+
+    def close(self) -> None:
+        self.join()
+
+
+def test_jtop_starts_again_and_its_errors_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jtop", types.SimpleNamespace(jtop=Service))
+    monkeypatch.setattr(meters, "from_jtop", lambda *found: found)
+    meter = meters.Jtop(clock=lambda: 1.0)
+    for _ in range(2):
+        meter.start()
+        assert len(meter.stop()) == 1
+    monkeypatch.setattr(Service, "fails", True)
+    with pytest.raises(FstqError, match=r"jtop failed: The jtop.service is not active.*--power"):
+        meter.start()
 
 
 def test_choosing() -> None:

@@ -28,6 +28,9 @@ class Device:
         self.memory: dict[int, Any] = {}
         self.calls: list[str] = []
         self.recording: list[Callable[[], None]] | None = None
+        self.uploads: list[int] = []  # where to, while recording
+        self.graphs: list[Any] = []
+        self.streams = 0
         self.architecture, self.fails = architecture, fails or {}
 
     def __getattr__(self, name: str) -> Any:
@@ -65,7 +68,11 @@ class Device:
         return divmod(self.architecture, 10)[which - 75]
 
     def _StreamCreate(self) -> int:
+        self.streams += 1
         return 7
+
+    def _StreamDestroy(self, _stream: int) -> None:
+        self.streams -= 1
 
     def _StreamSynchronize(self, _stream: int) -> None:
         assert self.recording is None, "synchronised while capturing"
@@ -91,6 +98,8 @@ class Device:
     def _Memcpy(self, to: int, source: int, size: int, _kind: int, _stream: int) -> None:
         self.inside(to, size)
         self.inside(source, size)
+        if self.recording is not None and _kind == 1:
+            self.uploads.append(to)
         self.do(lambda: ctypes.memmove(to, source, size) and None)
 
     def _Memcpy2D(
@@ -101,19 +110,21 @@ class Device:
             self._Memcpy(to + row * to_pitch, source + row * pitch, width, _kind, _stream)
 
     def _StreamBeginCapture(self, _stream: int, _mode: int) -> None:
-        self.recording = []
+        self.recording, self.uploads = [], []
 
     def _StreamEndCapture(self, _stream: int) -> list[Callable[[], None]]:
         made, self.recording = self.recording or [], None
         return made
 
     def _GraphInstantiate(self, graph: list[Callable[[], None]], _flags: int) -> list[Callable[[], None]]:
-        return list(graph)
+        self.graphs.append(list(graph))
+        return self.graphs[-1]
 
     def _GraphDestroy(self, _graph: Any) -> None:
         pass
 
-    _GraphExecDestroy = _GraphDestroy
+    def _GraphExecDestroy(self, graph: Any) -> None:
+        self.graphs[:] = [other for other in self.graphs if other is not graph]
 
     def _GraphLaunch(self, graph: list[Callable[[], None]], _stream: int) -> None:
         for action in graph:
@@ -184,6 +195,7 @@ class Context:
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         if plan.device.recording is not None:
             assert self.runs and self.runs[-1] == shapes, "captured before a first run in these shapes"
+            assert set(plan.device.uploads) <= set(addresses.values()), "captured with addresses of other buffers"
 
         def compute() -> None:
             feeds = {name: self._array(name, addresses[name], shapes[name]).copy() for name in plan.inputs}

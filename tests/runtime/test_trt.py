@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,67 @@ def test_a_second_prompt_uses_the_memory_of_the_first(make: Make) -> None:
     assert held.cache.buffers is not step.cache.buffers
 
 
+def test_interleaved_conversations_are_what_each_is_alone(make: Make) -> None:
+    alone, together = make()[0], make()[0]
+    keep, one = np.array([[20, 9]]), np.ones((1, 2), np.int64)
+
+    def begun(engine: TrtEngine) -> list[Any]:
+        return [engine.forward(*feed([40], seed), keep, engine.empty_cache(1)) for seed in (0, 1)]
+
+    def token(engine: TrtEngine, which: int, number: int, step: Any) -> Any:
+        return engine.forward(np.array([[3 + which + number]]), np.array([[40 + number]]), one, step.cache)
+
+    wanted = begun(alone)
+    logits: list[list[Any]] = [[], []]
+    for which in (0, 1):
+        for number in range(24):
+            wanted[which] = token(alone, which, number, wanted[which])
+            logits[which].append(wanted[which].logits.copy())
+    steps = begun(together)
+    for number in range(24):
+        for which in (0, 1):
+            steps[which] = token(together, which, number, steps[which])
+            np.testing.assert_allclose(steps[which].logits, logits[which][number], atol=2e-4)
+    for number in range(24, 30):  # one goes on alone: its graphs are captured and launched
+        for which, engine, held in ((0, alone, wanted), (0, together, steps)):
+            held[which] = token(engine, which, number, held[which])
+        np.testing.assert_allclose(steps[0].logits, wanted[0].logits, atol=2e-4)
+
+
+def test_a_graph_that_cannot_be_captured_is_an_engine_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, device, _ = make()
+    one = np.ones((1, 2), np.int64)
+    step = engine.forward(*feed([40]), np.array([[20, 9]]), engine.empty_cache(1))
+    step = engine.forward(np.array([[3]]), np.array([[40]]), one, step.cache)
+    monkeypatch.setattr(fake.Context, "execute_async_v3", lambda *_: False)
+    with pytest.raises(EngineError, match="while a CUDA graph"):
+        for position in (41, 42):
+            step = engine.forward(np.array([[3]]), np.array([[position]]), one, step.cache)
+    assert device.recording is None and not device.graphs
+
+
+def test_all_memory_is_given_back(make: Make) -> None:
+    engine, device, _ = make()
+    step = engine.forward(*feed([40]), np.array([[20, 9]]), engine.empty_cache(1))
+    held = [step]
+    for number in range(6):
+        step = engine.forward(np.array([[3]]), np.array([[40 + number]]), np.ones((1, 2), np.int64), step.cache)
+    held.append(engine.forward(*feed([50], 1), np.array([[20, 9]]), engine.empty_cache(1)))
+    assert device.graphs and device.streams == 1
+    before, logits = len(device.memory), held[0].logits
+    held.clear()
+    del step
+    engine.empty_cache(2)
+    assert len(device.memory) < before  # buffers that neither the pool nor a cache needs
+    before = logits.copy()
+    del engine
+    gc.collect()
+    assert not device.graphs and not device.streams and len(device.memory) == 1  # logits that are still held
+    np.testing.assert_array_equal(logits, before)
+    del logits
+    assert not device.memory
+
+
 def test_what_an_engine_is_not_built_for_is_refused(make: Make) -> None:
     engine, _, _ = make()
     keep = np.array([[20, 9]])
@@ -196,8 +258,8 @@ def test_an_engine_that_is_built_on_a_gpu_is_compared_with_its_bundle(
     monkeypatch.setattr("fstq_infer.runtime.trt.TrtEngine", lambda *_, **__: engine)
     found = build._compare(plan, tmp_path, 1, lambda _: None)
     assert found["checked"] and 0 < found["difference"] < 1e-4 and "padded batch" in found["cases"]
-    first = engine._contexts[0].plan.session
-    monkeypatch.setattr(engine._contexts[0].plan, "session", Wrong(first))
+    first = engine._contexts[0].context.plan.session
+    monkeypatch.setattr(engine._contexts[0].context.plan, "session", Wrong(first))
     with pytest.raises(ParityError, match="other logits"):
         build._compare(plan, tmp_path, 1, lambda _: None)
 

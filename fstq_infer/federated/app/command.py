@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,11 +75,11 @@ def line_of(round: int, figures: Figures) -> str:
 
 
 def new(folder: Path, *, model: str, data: str) -> None:
-    """``fstq fed new``."""
+    """``fstq fed new``. Relative paths are from the working directory; those in the file, from its folder."""
     if folder.exists() and any(folder.iterdir()):
         raise OptionError(f"{folder} is not empty. Name a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    text = PROJECT.format(name=_name(folder), model=_text(model), data=_text(data))
+    text = PROJECT.format(name=_name(folder), model=_from(folder, model), data=_from(folder, data))
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
     (folder / "fstq_app.py").write_text(MODULE, encoding="utf-8")
     out.print(f"{folder / 'pyproject.toml'}: edit it, then 'fstq fed run {folder / 'pyproject.toml'}' on this machine,")
@@ -105,6 +106,14 @@ def _bar(quiet: bool) -> Progress:
 def _name(folder: Path) -> str:
     kept = "".join(letter if letter.isalnum() else "-" for letter in folder.absolute().name.lower()).strip("-")
     return kept or "federation"
+
+
+def _from(folder: Path, path: str) -> str:
+    place = Path(path).absolute()
+    try:
+        return _text(path if Path(path).is_absolute() else os.path.relpath(place, folder.resolve()))
+    except ValueError:  # another drive
+        return _text(str(place))
 
 
 def _text(value: str) -> str:

@@ -187,15 +187,20 @@ def load(path: str | Path, changes: Mapping[str, Any] | None = None) -> Config:
         where = f"{path}: [tool.flwr.app.config]"
         for key in ("tool", "flwr", "app", "config"):
             tables = tables.get(key, {}) if isinstance(tables, dict) else {}
+        if not isinstance(tables, dict):
+            raise ConfigError(f"{where} is {tables!a}, expected tables of keys and values.")
     merged = {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
     for section, key in PATHS:
         held = merged.setdefault(section, {})
-        if isinstance(held, dict) and section in DEFAULTS:
+        if not isinstance(held, dict):
+            continue
+        if section in DEFAULTS:
             held.setdefault(key, DEFAULTS[section])
-        if isinstance(held, dict) and isinstance(held.get(key), str):
+        if isinstance(held.get(key), str) and not (section == "data" and held.get("kind") == "hub"):
             held[key] = str(path.parent / held[key])
     for section, table in nested(changes or {}, "--set").items():
-        merged[section] = {**(merged.get(section) or {}), **table}
+        held = merged.get(section, {})
+        merged[section] = {**held, **table} if isinstance(held, dict) else held
     return _checked(merged, where)
 
 
@@ -205,13 +210,15 @@ def from_flower(settings: Mapping[str, Any]) -> Config:
 
 
 def _checked(tables: Mapping[str, Any], where: str) -> Config:
-    from fstq_infer.federated.app.inner import check_arguments
+    from fstq_infer.federated.app.inner import check_arguments, check_mosaic
 
     config = build(Config, tables, where)
     for key, value in config.strategy.items():
         if type(value) not in SCALARS:
             raise ConfigError(f"{where}: [strategy] {key} is {value!a}, expected text, a number, true or false.")
     check_arguments(config.server.strategy, config.strategy, where)
+    if config.messages.preset == "mosaic":
+        check_mosaic(config.server.strategy, where)
     if config.messages.lowest > config.messages.highest:
         raise ConfigError(f"{where}: [messages] lowest is above highest, expected the other way round.")
     return config

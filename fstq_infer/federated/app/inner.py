@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fstq_infer.errors import ConfigError, OptionError, suggestion
+from fstq_infer.federated.order import mosaic_reason
 from fstq_infer.lazy import load
 
 STRATEGIES: Mapping[str, str] = {
@@ -49,6 +50,12 @@ def check_arguments(name: str, arguments: Mapping[str, Any], where: str) -> None
         if type(value) not in kind and not (float in kind and type(value) is int):
             names = " or ".join(part.__name__ for part in kind)
             raise ConfigError(f"{where}: [strategy] {key} is {value!a}, expected {names} for {name}.")
+
+
+def check_mosaic(name: str, where: str) -> None:
+    """Raises ConfigError for a strategy with which mosaic messages are not sound."""
+    if reason := mosaic_reason(_class(name)):
+        raise ConfigError(f"{where}: [messages] preset is 'mosaic', but {reason}")
 
 
 def _class(name: str) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from fstq_infer.atomic import replace_file
 from fstq_infer.errors import OptionError, StateError, suggestion
 from fstq_infer.lazy import load
 
@@ -50,9 +51,7 @@ class JsonLines:
         if not self.path.exists():
             return
         kept = [line for line in self.path.read_text(encoding="utf-8").splitlines(True) if _round_in(line) < round]
-        partial = self.path.with_name(f".{self.path.name}.partial-{os.getpid()}")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        replace_file(self.path, "".join(kept).encode())
 
 
 class TensorBoard:

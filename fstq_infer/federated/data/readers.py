@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,9 @@ def _document(path: Path) -> Any:
             if len(content) > MOST_BYTES:
                 raise DataError(f"{path} has more than {MOST_BYTES} bytes; split it.")
             return json.loads(content)
-        except (OSError, EOFError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except DataError:
+            raise
+        except (OSError, EOFError, zlib.error, RecursionError, ValueError) as error:
             raise DataError(f"{path} is no JSON file: {error}. Check the file, or its kind.") from error
 
 
@@ -135,7 +138,7 @@ def _lines(path: str) -> Iterator[tuple[str, Item | Bad]]:
             where = f"line {number}"
             try:
                 line = file.readline(MOST_LINE + 1)
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise DataError(f"{path} is damaged after line {number - 1}: {error}. Fetch it again.") from error
             total += len(line)
             if len(line) > MOST_LINE or total > MOST_BYTES:
@@ -146,7 +149,7 @@ def _lines(path: str) -> Iterator[tuple[str, Item | Bad]]:
                 continue
             try:
                 item = json.loads(line)
-            except (RecursionError, UnicodeDecodeError, json.JSONDecodeError):
+            except (RecursionError, ValueError):  # ValueError: damage, or a number of too many digits
                 yield where, Bad(where, "no JSON")
                 continue
             yield where, item if isinstance(item, dict) else Bad(where, "no JSON object")

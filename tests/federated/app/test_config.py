@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("flwr", reason="strategies need the 'federated' extra")
 
 from fstq_infer.errors import ConfigError
+from fstq_infer.federated.app.command import new
 from fstq_infer.federated.app.config import from_flower, load
 from fstq_infer.federated.app.inner import STRATEGIES, make
 from fstq_infer.federated.app.tables import nested, parse_change
@@ -39,6 +40,32 @@ def test_flowers_run_configuration_gives_the_same(tmp_path: Path) -> None:
     assert config.server.timeout == 5.0 and isinstance(config.server.timeout, float)
 
 
+def test_a_data_set_of_the_hub_is_no_path(tmp_path: Path) -> None:
+    path = write(tmp_path, LEAST.replace("path = 'd.jsonl'", "path = 'owner/name#train'\nkind = 'hub'"))
+    assert load(path).data.path == "owner/name#train"
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_new_project_names_what_the_arguments_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    start = "" if relative else f"{tmp_path}/here/"
+    new(Path("sub/app"), model=f"{start}m", data=f"{start}../rows.jsonl")
+    monkeypatch.chdir("/")
+    config = load(tmp_path / "here/sub/app/pyproject.toml")
+    assert Path(config.model.path).resolve() == tmp_path / "here/m"
+    assert Path(config.data.path).resolve() == tmp_path / "rows.jsonl"
+
+
+def test_what_is_no_table_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\[model\] is 3, expected a table"):
+        load(write(tmp_path, "model = 3\n[data]\npath = 'd'\n"), {"model.rank": 4})
+    with pytest.raises(ConfigError, match=r"\[tool.flwr.app.config\] is 3, expected tables"):
+        load(write(tmp_path, "[tool.flwr.app]\nconfig = 3\n", "pyproject.toml"))
+
+
 def test_pyproject(tmp_path: Path) -> None:
     text = "[project]\nname = 'x'\n" + LEAST.replace("[", "[tool.flwr.app.config.")
     assert load(write(tmp_path, text, "pyproject.toml")).model.path == str(tmp_path / "m")
@@ -59,6 +86,10 @@ def test_pyproject(tmp_path: Path) -> None:
         ("[tokens]\nkeep = 1.5\n", r"\[tokens\] keep is 1.5, expected a number at most 1 .*|.*above 0 and at most 1"),
         ("[messages]\npreset = 'fst'\n", r"\[messages\] preset is 'fst'; did you mean 'fstq'\?"),
         ("[messages]\nlowest = 5000\nhighest = 4000\n", "lowest is above highest"),
+        (
+            "[messages]\npreset = 'mosaic'\n[server]\nstrategy = 'MultiKrum'\n",
+            r"preset is 'mosaic', but MultiKrum",
+        ),
         ("[server]\nstrategy = 'FedAvgg'\n", r"\[server\] strategy is 'FedAvgg'; did you mean 'FedAvg'\?"),
         ("[strategy]\nfraction_trian = 0.5\n", r"\[strategy\] has an unknown key 'fraction_trian' for FedAvg; did you"),
         ("[strategy]\nfraction_train = 'half'\n", r"\[strategy\] fraction_train is 'half', expected float"),

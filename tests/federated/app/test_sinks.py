@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fstq_infer.errors import MissingExtraError, OptionError
+from fstq_infer.errors import MissingExtraError, OptionError, StateError
 from fstq_infer.federated.app.sinks import SINKS, JsonLines, names_of, open_sinks, read_lines
 
 
@@ -28,6 +28,19 @@ def test_a_run_from_the_start_leaves_nothing_of_an_earlier_one(tmp_path: Path) -
     for value in (1.0, 2.0):
         JsonLines(tmp_path / "a").write(1, {"loss": value})
     assert read_lines(tmp_path / "a") == [{"round": 1, "loss": 2.0}] and read_lines(tmp_path / "none") == []
+
+
+def test_lines_are_whole_where_dropping_some_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rounds.jsonl"
+    JsonLines(path).write(1, {"loss": 1.0})
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StateError, match="No space left"):
+        JsonLines(path).write(2, {"loss": 0.5})
+    assert read_lines(path) == [{"round": 1, "loss": 1.0}] and list(tmp_path.iterdir()) == [path]
 
 
 def test_names() -> None:
