@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fstq_infer.errors import EngineError
+
 if TYPE_CHECKING:
     from fstq_infer.adapters.store import Adapter
 
@@ -48,6 +50,18 @@ class Step:
     kept: tuple[Int64, ...]
     cache: Any
     shortlist: tuple[Int64, Float32] | None = None
+
+
+def check_call(input_ids: Int64, position_ids: Int64, keep: Int64, batch: int, stages: int) -> None:
+    """Raise EngineError where the arrays of a call do not fit a cache of ``batch`` rows, or the pruning stages."""
+    shape = input_ids.shape
+    if len(shape) != 2 or shape[0] != batch or shape[1] < 1 or position_ids.shape != shape:
+        raise EngineError(
+            f"input_ids {shape} and position_ids {position_ids.shape} do not fit a cache of {batch} rows; "
+            f"expected ({batch}, sequence) twice"
+        )
+    if keep.shape != (batch, stages):
+        raise EngineError(f"keep has the shape {keep.shape}, expected {(batch, stages)}: rows, pruning stages")
 
 
 class Engine(Protocol):

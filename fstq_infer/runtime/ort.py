@@ -19,7 +19,7 @@ from fstq_infer.adapters.store import Adapter
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, MissingExtraError, OptionError, suggestion
 from fstq_infer.machine import physical_cores
-from fstq_infer.runtime.engine import Engine, Int64, Stage, Step
+from fstq_infer.runtime.engine import Engine, Int64, Stage, Step, check_call
 from fstq_infer.runtime.ort_adapters import Bound, Matrices
 from fstq_infer.runtime.ort_caches import (
     LENGTHS,
@@ -177,14 +177,8 @@ class OrtEngine:
         """more: OrtValues for the inputs between ``keep`` and the cache."""
         if not isinstance(cache, (ReturnedCache, SharedCache)) or cache.session is not self._session:
             raise EngineError("the cache is not of this engine; begin with the engine's own empty_cache()")
-        batch, stages, shape = cache.batch, len(self._stages), input_ids.shape
-        if len(shape) != 2 or shape[0] != batch or shape[1] < 1 or position_ids.shape != shape:
-            raise EngineError(
-                f"input_ids {shape} and position_ids {position_ids.shape} do not fit a cache of {batch} rows; "
-                f"expected ({batch}, sequence) twice"
-            )
-        if keep.shape != (batch, stages):
-            raise EngineError(f"keep has the shape {keep.shape}, expected {(batch, stages)}: rows, pruning stages")
+        batch, shape = cache.batch, input_ids.shape
+        check_call(input_ids, position_ids, keep, batch, len(self._stages))
         if input_ids is not self._given[0] or position_ids is not self._given[1] or keep is not self._given[2]:
             self._wrap(input_ids, position_ids, keep)
         given: Sequence[Any] = self._values

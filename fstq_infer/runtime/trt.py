@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, EngineMismatchError
 from fstq_infer.runtime.cuda import Cuda
-from fstq_infer.runtime.engine import Int64, Stage, Step
+from fstq_infer.runtime.engine import Int64, Stage, Step, check_call
 from fstq_infer.runtime.trt_buffers import Bound, Buffers, TrtCache, finally_call
 from fstq_infer.runtime.trt_ports import Ports
 
@@ -153,18 +153,11 @@ class TrtEngine:
     def _check(self, ids: Int64, positions: Int64, keep: Int64, cache: Any) -> None:
         if not isinstance(cache, TrtCache) or cache.engine is not self:
             raise EngineError("the cache is not of this engine; begin with the engine's own empty_cache()")
-        batch, stages, shape = cache.batch, len(self._stages), ids.shape
-        if len(shape) != 2 or shape[0] != batch or shape[1] < 1 or positions.shape != shape:
+        check_call(ids, positions, keep, cache.batch, len(self._stages))
+        if ids.shape[1] > self.ports.prompt:
             raise EngineError(
-                f"input_ids {shape} and position_ids {positions.shape} do not fit a cache of {batch} rows; "
-                f"expected ({batch}, sequence) twice"
-            )
-        if keep.shape != (batch, stages):
-            raise EngineError(f"keep has the shape {keep.shape}, expected {(batch, stages)}: rows, pruning stages")
-        if shape[1] > self.ports.prompt:
-            raise EngineError(
-                f"a call of {shape[1]} tokens is longer than the {self.ports.prompt} that the engine was built for. "
-                f"Build one with --prompt {shape[1]}"
+                f"a call of {ids.shape[1]} tokens is longer than the {self.ports.prompt} that the engine was built "
+                f"for. Build one with --prompt {ids.shape[1]}"
             )
 
     def _check_versions(self, bundle: Bundle) -> None:
