@@ -76,10 +76,9 @@ class Wanted:
         """All adapters, checked as far as they can be without the model. Raises AdapterError subclasses."""
         return {name: peft.read(folder) for name, folder in self.given.items()}
 
-    def ports(self, source: Source, graph: ir.Graph, dtype: str) -> LoraPorts:
+    def ports(self, source: Source, graph: ir.Graph, dtype: str, adapters: Mapping[str, peft.Peft]) -> LoraPorts:
         """The inputs that a graph gets: for the named targets, or for what the adapters adapt. Checks them all."""
         found = list(linears.find(source, graph, dtype).values())
-        adapters = self.read()
         for adapter in adapters.values():
             fit.check_base(adapter, source.sha256)
             peft.check_targets(adapter, fit.modules(found), fit.layers(found))

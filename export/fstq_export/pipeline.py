@@ -116,6 +116,7 @@ class Export:
         self.training: list[Item] = []  # what calibration learnt from
         self.quantized: precision.Result | None = None
         self.ports: LoraPorts | None = None
+        self.adapters: dict[str, peft.Peft] = {}  # read once: what is checked is what is written
         self.rechecked: dict[str, Recheck] = {}
         self.adapted: dict[str, dict[str, Any]] = {}  # for the report
 
@@ -168,7 +169,7 @@ class Export:
             gc.collect()  # the checkpoint stays mapped as long as the graph is referenced
             with self._step("verify"):
                 checked = self._verify(model, writer.path, stages, held)
-                for name, adapter in request.adapters.read().items():
+                for name, adapter in self.adapters.items():
                     found = self._verify(model, writer.path, stages, held, name, adapter)
                     self.adapted.setdefault(name, {})["verification"] = found.to_json()
             with self._step("measure times"):
@@ -237,14 +238,15 @@ class Export:
     def _check_adapters(self, model: Source) -> None:
         """Raise for an adapter that does not fit, before minutes of calibration."""
         shapes, layers = linears.shapes_of(model) if self.request.adapters.given else ({}, {})
-        for adapter in self.request.adapters.read().values():
+        self.adapters = self.request.adapters.read()
+        for adapter in self.adapters.values():
             fit.check_base(adapter, model.sha256)
             peft.check_targets(adapter, shapes, layers)
 
     def _recheck(self, model: Source, calibration: Calibration, held: Sequence[Item]) -> None:
         """Calibration again with each adapter, on the model as it will be computed."""
         codes = self.quantized.weights if self.quantized else {}
-        for name, adapter in self.request.adapters.read().items():
+        for name, adapter in self.adapters.items():
             exact: Outcome | None = None
             if codes:
                 with reference(model, stream=False) as frozen:
@@ -262,7 +264,7 @@ class Export:
 
     def _ports(self, model: Source, graph: Any) -> LoraPorts:
         """The graph's inputs for adapters; probe weights are among them where an adapter has its own."""
-        ports = self.request.adapters.ports(model, graph, self.request.dtype)
+        ports = self.request.adapters.ports(model, graph, self.request.dtype, self.adapters)
         probes = next((p for one in self.rechecked.values() if (p := self._probes(one)) is not None), {})
         self.ports = replace(ports, probes={name: array.shape for name, array in probes.items()})
         return self.ports
@@ -282,12 +284,12 @@ class Export:
     def _adapters(self, model: Source, folder: Path) -> dict[str, AdapterInfo]:
         """Write each adapter's file; its entry in the manifest by name."""
         found = {}
-        for name, given in self.request.adapters.given.items():
+        for name, adapter in self.adapters.items():
             again = self.rechecked.get(name)
             if self.ports is None:
                 raise ExportError("the graph has no inputs for adapters")
             content, found[name] = store.encode(
-                given,
+                adapter,
                 self.ports,
                 self.request.dtype,
                 model.sha256,

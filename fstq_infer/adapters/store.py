@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fstq_infer.adapters import tensors
 from fstq_infer.adapters.fit import fit
 from fstq_infer.adapters.info import FOLDER, AdapterInfo, check_name, path_of
-from fstq_infer.adapters.peft import WEIGHTS, read
+from fstq_infer.adapters.peft import WEIGHTS, Peft, read
 from fstq_infer.adapters.ports import LoraPorts
 from fstq_infer.atomic import replace_file, sha256_file, staged_file
 from fstq_infer.bundle import MANIFEST_CAP, Bundle
@@ -54,18 +54,17 @@ class Adapter:
 
 
 def encode(
-    directory: Path,
+    adapter: Peft,
     ports: LoraPorts,
     dtype: str,
     base_sha256: str,
     probes: Mapping[str, Array] | None = None,
     pruning: Pruning | None = None,
 ) -> tuple[bytes, AdapterInfo]:
-    """(content of the file, entry of the manifest) for a PEFT folder. Raises AdapterError subclasses.
+    """(content of the file, entry of the manifest) for what PEFT saved. Raises AdapterError subclasses.
 
     probes: weights in place of the bundle's probes, by input.
     """
-    adapter = read(directory)
     kind = DTYPES.get(dtype)
     if kind is None:
         raise AdapterMismatchError(f"adapters for graphs in {dtype} are not supported; expected {', '.join(DTYPES)}.")
@@ -74,14 +73,14 @@ def encode(
             name: array.astype(kind) for name, array in fit(adapter, ports, base_sha256).items()
         }
     if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise AdapterMismatchError(f"{directory} has weights that are too large for a graph in {dtype}.")
+        raise AdapterMismatchError(f"{adapter.path} has weights that are too large for a graph in {dtype}.")
     data = tensors.encode(arrays | dict(probes or {}))
     info = AdapterInfo(
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         rank=adapter.rank,
-        source=_printable(directory.resolve().name) or "adapter",
-        source_sha256=sha256_file(directory / WEIGHTS),
+        source=_printable(adapter.path.resolve().name) or "adapter",
+        source_sha256=sha256_file(adapter.path / WEIGHTS),
         base=_printable(Path(adapter.config.base).name) or "unknown",
         probe=bool(probes),
         pruning=pruning,
@@ -119,7 +118,7 @@ def add(path: Path, name: str, directory: Path, *, force: bool = False) -> Bundl
         same = [have for have in manifest.adapters if have.lower() == name.lower()]
         if same and not force:
             raise AdapterNameError(f"{path} has an adapter {same[0]!a} already. Pass --force to replace it.")
-        data, info = encode(directory, manifest.lora, manifest.model.dtype, manifest.provenance.source_sha256)
+        data, info = encode(read(directory), manifest.lora, manifest.model.dtype, manifest.provenance.source_sha256)
         left = {have: entry for have, entry in manifest.adapters.items() if have not in same}
         changed = replace(manifest, adapters={**left, name: info})
         _encoded(path, changed)

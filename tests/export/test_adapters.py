@@ -64,7 +64,7 @@ def graph_of(model: Path, folders: dict[str, Path], out: Path, targets: str | No
     found, ports = source.resolve(str(model)), []
 
     def given(graph: ir.Graph) -> Any:
-        ports.append(wanted.ports(found, graph, "float32"))
+        ports.append(wanted.ports(found, graph, "float32", wanted.read()))
         return ports[0]
 
     built = decoder.build_graph(found, "float32", [], None, None, given)
