@@ -71,6 +71,9 @@ def pruning(
         for module in decoder.attentions[min(layers, default=len(decoder.layers)) :]:
             hook = module.register_forward_pre_hook(left.narrow, with_kwargs=True)
             stack.callback(hook.remove)
+            for owner, name, mask in _own_masks(module):
+                stack.callback(setattr, owner, name, mask)
+                stack.callback(owner.register_forward_pre_hook(left.narrow_own(name, mask)).remove)
         stack.callback(decoder.layers[-1].register_forward_hook(left.put_back).remove)
         yield kept
 
@@ -128,6 +131,24 @@ class _Left:
                     "hidden states, attention masks and positions. Export the model without --calib"
                 )
         return args, changed
+
+    def narrow_own(self, name: str, mask: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """A hook that sets a module's buffer to the rows and columns of its (1, 1, P, P) mask that stay."""
+
+        def hook(module: nn.Module, _args: tuple[Any, ...]) -> None:
+            setattr(module, name, mask[0, 0][self.columns[:, :, None], self.columns[:, None, :]][:, None])
+
+        return hook
+
+
+def _own_masks(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """(module, name, mask) of masks by query and key that an attention holds itself, as GPT-Neo does its bands."""
+    return [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+        if buffer.dtype == torch.bool and buffer.ndim == 4 and buffer.shape[:2] == (1, 1)
+    ]
 
 
 def _rows(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -42,12 +42,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "eos_token_id": 1,
     },
 }
+OWN_ATTENTION: dict[str, dict[str, Any]] = {  # not by Transformers' attention interface
+    "GPTNeo": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+        "attention_types": [[["global", "local"], LAYERS // 2]],
+        "window_size": 8,
+        "max_position_embeddings": 96,
+        "initializer_range": 0.15,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    },
+}
 
 
 def tiny(family: str = "Llama", seed: int = 0, **changes: Any) -> Any:
     """A model of one family, in eval mode, with eager attention; its weights require no gradient."""
     head = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
-    config = getattr(transformers, f"{family}Config")(**FAMILIES[family] | changes)
+    config = getattr(transformers, f"{family}Config")(**(FAMILIES | OWN_ATTENTION)[family] | changes)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     return getattr(transformers, head)(config).eval().requires_grad_(False)

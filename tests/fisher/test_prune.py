@@ -20,7 +20,7 @@ from fstq_infer.fisher.probe import Probe, ProbeInput
 from fstq_infer.fisher.prune import pruned_outcome
 from fstq_infer.fisher.select import keep_count, select
 
-from .models import FAMILIES, HEADS, LAYERS, WIDTH, tiny, tokens
+from .models import FAMILIES, HEADS, LAYERS, OWN_ATTENTION, WIDTH, tiny, tokens
 
 ITEMS = [Item(tokens(n, seed=n), tokens(a, seed=a)) for n, a in ((24, 3), (9, 5), (17, 1), (30, 4), (5, 2))]
 SINK, WINDOW = 1, 4
@@ -82,7 +82,18 @@ def test_masking_equals_removing(layer: int, keep: float) -> None:
             assert not torch.allclose(masked[row, : len(answer)], dense[row, : len(answer)], atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_ATTENTION])
+def test_removed_tokens_might_as_well_be_masked(family: str) -> None:
+    decoder, batch = Decoder.of(tiny(family)), collate(ITEMS)
+    choice = [kept(item, 0.4, seed) for seed, item in enumerate(ITEMS)]
+    with watch(decoder) as seen, torch.no_grad():
+        seen.bias |= dict.fromkeys(range(1, LAYERS), drop_bias(choice, batch))
+        _, masked = outcome(run(decoder, batch), batch)
+    found = pruned_outcome(decoder, ITEMS, (1,), lambda _stage, i, *_: choice[i])
+    assert found.nll == pytest.approx(masked.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_ATTENTION])
 def test_keeping_everything_is_dense(family: str) -> None:
     decoder, batch = Decoder.of(tiny(family)), collate(ITEMS)
     with torch.no_grad():
@@ -91,7 +102,7 @@ def test_keeping_everything_is_dense(family: str) -> None:
     assert found.exact.tolist() == hit.tolist() and found.nll == pytest.approx(loss.tolist(), rel=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_ATTENTION])
 def test_rows_do_not_depend_on_their_batch(family: str) -> None:
     decoder = Decoder.of(tiny(family))
     found = pruned_outcome(decoder, ITEMS, (2,), lambda _stage, i, *_: kept(ITEMS[i], 0.4, i))
@@ -100,7 +111,7 @@ def test_rows_do_not_depend_on_their_batch(family: str) -> None:
         assert alone.exact[0] == found.exact[index] and alone.nll[0] == pytest.approx(found.nll[index], rel=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_ATTENTION])
 def test_a_later_probe_reads_what_the_earlier_stage_left(family: str) -> None:
     """Observing behind a cut and pruning in one pass give the same scores, of the tokens that are left."""
     decoder, probe = Decoder.of(tiny(family)), random_probe()
