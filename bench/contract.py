@@ -23,7 +23,7 @@ from fstq_export.contract import Outcome, drop, split
 from fstq_export.demo.run import MODEL
 from fstq_export.recipe import Recipe
 from fstq_export.reference import reference
-from quality import RECALL, questions
+from quality_tasks import RECALL, questions
 
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
