@@ -34,6 +34,7 @@ from fstq_infer import Generator
 from fstq_infer.atomic import replace_file
 from fstq_infer.fisher.gates import observe
 from fstq_infer.fisher.items import Item
+from fstq_infer.fisher.prefix import Prefix
 from fstq_infer.fisher.prune import pruned_outcome
 from fstq_infer.fisher.scores import BASELINES, SCORES, computable
 from fstq_infer.fisher.select import keep_count, select
@@ -108,6 +109,7 @@ def baselines(task: Task, test: Test, recipe: Recipe, metric: str) -> dict[tuple
     with reference(found, stream=False) as decoder:
         seen = observe(decoder, [item for item, _ in pairs], (task.layer,), published=True)
         evidence = [o.evidence(task.layer, seed=recipe.seed * 1_000_003 + i) for i, o in enumerate(seen)]
+        prefix = Prefix(decoder, task.layer)
         for name in computable(BASELINES, evidence[0]):
             scores = [SCORES[name](e) for e in evidence]
             for keep in KEEPS:
@@ -118,7 +120,7 @@ def baselines(task: Task, test: Test, recipe: Recipe, metric: str) -> dict[tuple
                     count = keep_count(len(scores[i]), keep, recipe.sink, WINDOW)
                     return np.append(select(scores[i], count, recipe.sink, WINDOW), tokens[len(scores[i]) :])
 
-                pruned = pruned_outcome(decoder, whole, (task.layer,), choose)
+                pruned = pruned_outcome(decoder, whole, (task.layer,), choose, prefix=prefix)
                 out[name, keep] = (pruned.exact if metric == "exact" else pruned.nll).astype(float).tolist()
     return out
 

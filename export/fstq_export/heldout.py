@@ -14,6 +14,7 @@ from fstq_export.contract import Outcome, bound, drop, relative_cost
 from fstq_export.recipe import Recipe
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Cut, Item
+from fstq_infer.fisher.prefix import Prefix
 from fstq_infer.fisher.probe import Probe
 from fstq_infer.fisher.prune import Pruned, pruned_outcome
 from fstq_infer.fisher.scores import SCORES, Evidence
@@ -72,7 +73,7 @@ class Trial:
 
 @dataclass(slots=True)
 class HeldOut:
-    """Held-out items and what was measured on them. seconds: that measuring took.
+    """Held-out items and what was measured on them. seconds: that measuring took. prefix: of the layer last measured.
 
     dense: of the model without formats, what everything is compared with; whole: of the one that is measured, no token
     dropped.
@@ -86,6 +87,7 @@ class HeldOut:
     window: int
     outcomes: dict[Key, Outcome] = field(default_factory=dict)
     seconds: float = 0.0
+    prefix: Prefix | None = None
 
     def stages(self, trial: Trial) -> list[Stage]:
         """As the runtime knows them."""
@@ -142,7 +144,9 @@ class HeldOut:
         later = [None if name else stage.own for stage in trial.stages[1:]]
         started = time.monotonic()
         items = [self.items[i] for i in chosen]
-        found = pruned_outcome(self.decoder, items, trial.layers, choose, [None, *later])
+        if self.prefix is None or self.prefix.layer != trial.layers[0]:
+            self.prefix = Prefix(self.decoder, trial.layers[0])
+        found = pruned_outcome(self.decoder, items, trial.layers, choose, [None, *later], self.prefix)
         self.seconds += time.monotonic() - started
         return found
 

@@ -20,6 +20,7 @@ from fstq_infer.errors import UnsupportedModelError
 from fstq_infer.fisher.gates import Present, features, outcome, run
 from fstq_infer.fisher.hooks import NEVER, Decoder, Seen, causal_bias, watch
 from fstq_infer.fisher.items import Batch, Cut, Item, batches
+from fstq_infer.fisher.prefix import Prefix
 from fstq_infer.fisher.probe import Probe
 
 Int64 = NDArray[np.int64]
@@ -171,8 +172,12 @@ def pruned_outcome(
     layers: Sequence[int],
     choose: Choose,
     probes: Sequence[Probe | None] | None = None,
+    prefix: Prefix | None = None,
 ) -> Pruned:
-    """All items, pruned before each of ``layers``; for ``choose`` a row is an index into ``items``."""
+    """All items, pruned before each of ``layers``; for ``choose`` a row is an index into ``items``.
+
+    prefix: of the first of ``layers``, where no probe may run; what it knows is not computed again.
+    """
     exact, nll = np.zeros(len(items), bool), np.zeros(len(items))
     kept_by_stage = [[np.zeros(0, np.int64)] * len(items) for _ in layers]
     for indices, batch in batches(items):
@@ -182,7 +187,10 @@ def pruned_outcome(
         ) -> Int64:
             return choose(stage, at[row], tokens, scores)
 
-        with pruning(decoder, batch, layers, row_of, probes or [None] * len(layers)) as kept:
+        with torch.no_grad(), ExitStack() as stack:
+            if prefix is not None:
+                stack.enter_context(prefix.ahead(batch))
+            kept = stack.enter_context(pruning(decoder, batch, layers, row_of, probes or [None] * len(layers)))
             hit, loss = outcome(run(decoder, batch), batch)
         exact[indices], nll[indices] = hit.numpy(), loss.double().numpy()
         for found, left in zip(kept_by_stage, kept[1:], strict=True):

@@ -16,6 +16,7 @@ from fstq_infer.fisher import train
 from fstq_infer.fisher.gates import after, left, observe, outcome, run
 from fstq_infer.fisher.hooks import Decoder, drop_bias, watch
 from fstq_infer.fisher.items import Cut, Item, collate
+from fstq_infer.fisher.prefix import LIMIT, Prefix
 from fstq_infer.fisher.probe import Probe, ProbeInput
 from fstq_infer.fisher.prune import pruned_outcome
 from fstq_infer.fisher.select import keep_count, select
@@ -91,6 +92,26 @@ def test_removed_tokens_might_as_well_be_masked(family: str) -> None:
         _, masked = outcome(run(decoder, batch), batch)
     found = pruned_outcome(decoder, ITEMS, (1,), lambda _stage, i, *_: choice[i])
     assert found.nll == pytest.approx(masked.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 14, LIMIT])
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_ATTENTION])
+def test_a_known_prefix_changes_nothing(family: str, limit: int) -> None:
+    decoder, probe = Decoder.of(tiny(family)), random_probe()
+    prefix, calls = Prefix(decoder, 2, limit), []
+    hook = decoder.attentions[1].register_forward_hook(lambda *_: calls.append(1))
+
+    def measured(keep: float, prefix: Prefix | None, layers: tuple[int, ...]) -> Any:
+        choose = lambda _stage, i, tokens, _scores: np.intersect1d(tokens, kept(ITEMS[i], keep, i))  # noqa: E731
+        return pruned_outcome(decoder, ITEMS, layers, choose, (None, probe)[: len(layers)], prefix)
+
+    for keep, layers in ((0.8, (2,)), (0.4, (2, 3)), (0.6, (2,))):
+        plain, calls[:] = measured(keep, None, layers), []
+        found = measured(keep, prefix, layers)
+        assert bool(calls) == (keep == 0.8 or limit != LIMIT)
+        assert found.exact.tolist() == plain.exact.tolist() and found.nll.tolist() == plain.nll.tolist()
+    hook.remove()
+    assert all("forward" not in vars(layer) for layer in decoder.layers)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OWN_ATTENTION])
