@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -23,9 +22,7 @@ from fstq_infer.runtime.generate import Generator
 from fstq_infer.runtime.load import build_engine
 from fstq_infer.runtime.result import Result
 from fstq_infer.runtime.text import TextStream
-
-out = Console(highlight=False, markup=False, soft_wrap=True)
-notes = Console(stderr=True, highlight=False)
+from fstq_infer.terminal import notes, out
 
 
 def build(
@@ -51,7 +48,7 @@ def build(
             measure_device(bundle, profile, profile_tokens, threads)
     sidecar = jsonlib.loads((engine / "engine.json").read_text(encoding="utf-8"))
     if json:
-        out.print_json(data={"engine": str(engine), **sidecar})
+        out.data({"engine": str(engine), **sidecar})
         return
     out.print(f"engine: {engine}")
     made = f"{sidecar['build_seconds']:.1f} s with {sidecar['backend']} {sidecar['version']}"
@@ -81,7 +78,7 @@ def run(
         result = (
             generator.chat([{"role": "user", "content": text}], **given) if chat else generator.generate(text, **given)
         )
-        out.print_json(data=as_json(result))
+        out.data(as_json(result))
         return
     stream = (
         generator.chat([{"role": "user", "content": text}], stream=True, **given)
@@ -188,7 +185,7 @@ def adapter_add(path: Path, given: str, *, name: str | None, force: bool, json: 
     chosen, folder = (check_name(name), Path(given)) if name is not None else store.named(given)
     bundle = store.add(path, chosen, folder, force=force)
     if json:
-        out.print_json(data={"adapter": chosen, **bundle.manifest.adapters[chosen].to_json()})
+        out.data({"adapter": chosen, **bundle.manifest.adapters[chosen].to_json()})
         return
     out.print(f"added {chosen}: rank {bundle.manifest.adapters[chosen].rank}; built engines stay valid")
     if bundle.manifest.stages:
@@ -200,7 +197,7 @@ def adapter_list(path: Path, *, json: bool) -> None:
     bundle = Bundle.open(path, checksums=False)
     found = bundle.manifest.adapters
     if json:
-        out.print_json(data={name: one.to_json() for name, one in found.items()})
+        out.data({name: one.to_json() for name, one in found.items()})
         return
     if bundle.manifest.lora is None:
         out.print("this bundle takes no adapters; export the model again with --adapter or --adapter-targets")
@@ -222,7 +219,7 @@ def adapter_remove(path: Path, name: str, *, json: bool) -> None:
     """``fstq adapter remove``."""
     bundle = store.remove(path, name)
     if json:
-        out.print_json(data={"removed": name, "adapters": sorted(bundle.manifest.adapters)})
+        out.data({"removed": name, "adapters": sorted(bundle.manifest.adapters)})
         return
     out.print(f"removed {name}; built engines stay valid")
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from fstq_export import data
@@ -24,14 +23,13 @@ from fstq_infer.commands import kept_text
 from fstq_infer.errors import OptionError
 from fstq_infer.runtime.generate import Generator
 from fstq_infer.runtime.result import Result
+from fstq_infer.terminal import out
 
 MODEL = Path(__file__).parent / "model"
 ITEMS, LENGTHS, LAYER = 520, (120, 320), 2  # questions to calibrate with, over contexts of so many tokens
 DROP = 0.05  # allowed: what 130 held-out questions can bear out
 KEEPS: tuple[float | Literal["auto"], ...] = (1.0, 0.5, 0.25)
 BUNDLE = "model.bundle"
-
-out = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,66 @@
+"""Types of options that several commands share, and the readers of those that are written as lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fstq_infer.errors import OptionError
+
+CALIB_HELP = (
+    "Calibration data: JSON lines with prompt/answer or context/question/answer, or plain text lines. "
+    "Without it nothing is known of quality, and the bundle is dense unless --prune-layer is given."
+)
+Bundle = Annotated[Path, typer.Argument(help="The bundle's directory.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: all that this process may use.")]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        help="Share of prompt tokens that stay (after the last stage, or after each: 0.5,0.25), or 'auto': as many as "
+        "each prompt needs; default: the bundle's."
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the bundle's.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampler.")]
+Backend = Annotated[str, typer.Option(help="ort, tensorrt or tensorrt-rtx; see 'fstq build'.")]
+# Settings of a TensorRT engine.
+Context = Annotated[
+    int | None, typer.Option(help="TensorRT: most tokens of prompt and answer together; default: 4096, or the model's.")
+]
+Prompt = Annotated[int | None, typer.Option(help="TensorRT: most tokens of one call; default: the context.")]
+Batch = Annotated[int | None, typer.Option(help="TensorRT: most rows; default: 1.")]
+LayerType = Annotated[
+    str | None, typer.Option("--dtype", help="TensorRT: float16, bfloat16 or float32; default: float16.")
+]
+Rank = Annotated[int | None, typer.Option(help="TensorRT: largest rank of an adapter; default: 64.")]
+Adapter = Annotated[str | None, typer.Option(help="Name of one of the bundle's adapters; default: none.")]
+
+
+def ratios_of(text: str) -> list[float] | None:
+    if text == "auto":
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"--keep is '{text}'; expected 'auto' or numbers, such as 0.5,0.25") from None
+
+
+def keep_of(text: str | None) -> float | list[float] | str | None:
+    """A keep ratio, one for each stage, 'auto' or None as it was given."""
+    ratios = None if text is None else ratios_of(text)
+    return text if ratios is None else ratios if len(ratios) > 1 else ratios[0]
+
+
+def layers_of(text: str) -> list[int] | None:
+    if text == "auto":
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(
+            f"--prune-layer is '{text}'; expected 'auto', or a whole number for each stage, such as 2,4"
+        ) from None

@@ -1,0 +1,54 @@
+"""Standard output and standard error as the commands use them: text for people, JSON for programs. Knows no command.
+
+Results go to :data:`out`, everything else to :data:`notes`. In a pipe or file no line is wrapped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+PLAIN_WIDTH = 160  # columns that a table may take where there is no terminal; COLUMNS overrides
+PIPE_CLOSED = 141  # 128 + SIGPIPE: what a shell reports of any program whose reader has gone
+
+
+class Terminal(Console):
+    """A console that never breaks lines itself and ends the command quietly when its reader has gone."""
+
+    def __init__(self, stderr: bool = False, markup: bool = False) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        wide = "COLUMNS" not in os.environ and not (stream and stream.isatty())
+        width = PLAIN_WIDTH if wide else None
+        super().__init__(stderr=stderr, highlight=False, markup=markup, soft_wrap=True, width=width)
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Called by rich. What is left to print goes nowhere."""
+        discard()
+        raise SystemExit(PIPE_CLOSED)
+
+    def data(self, value: Any) -> None:
+        """One JSON object; letters that the output's encoding may lack are escaped."""
+        self.print_json(data=value, ensure_ascii=not self.encoding.lower().startswith("utf"))
+
+    @property
+    def styled(self) -> bool:
+        """Whether styles such as struck out reach the reader."""
+        return self.is_terminal and self.color_system is not None
+
+
+def discard() -> None:
+    """Point standard output at nothing, so that flushing it at the end cannot fail again."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, sys.stdout.fileno())
+    except (OSError, ValueError):  # no real file: a test's buffer
+        pass
+    finally:
+        os.close(nothing)
+
+
+out = Terminal()
+notes = Terminal(stderr=True)
