@@ -5,13 +5,17 @@ Results go to :data:`out`, everything else to :data:`notes`. In a pipe or file n
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any, NoReturn
 
 from rich.console import Console
 
+from fstq_infer.errors import PromptError
+
 PLAIN_WIDTH = 160  # columns that a table may take where there is no terminal; COLUMNS overrides
+LARGEST_INPUT = 16 << 20  # bytes of a prompt on standard input
 PIPE_CLOSED = 141  # 128 + SIGPIPE: what a shell reports of any program whose reader has gone
 
 
@@ -37,6 +41,35 @@ class Terminal(Console):
     def styled(self) -> bool:
         """Whether styles such as struck out reach the reader."""
         return self.is_terminal and self.color_system is not None
+
+
+def prepare() -> None:
+    """Streams that can be used: closed ones (``>&-``) lead nowhere, letters that an encoding lacks are escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def standard_input() -> str:
+    """All of standard input, which is UTF-8 whatever the locale says. Raises PromptError."""
+    data = sys.stdin.buffer.read(LARGEST_INPUT + 1)
+    if len(data) > LARGEST_INPUT:
+        raise PromptError(f"standard input has more than {LARGEST_INPUT} bytes; a prompt that long fits no model")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"standard input is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+
+
+def argument(text: str) -> str:
+    """An argument of the command line, read as UTF-8 where the locale could not decode it."""
+    try:
+        return os.fsencode(text).decode("utf-8") if any("\udc80" <= letter <= "\udcff" for letter in text) else text
+    except UnicodeError:
+        return text
 
 
 def discard() -> None:

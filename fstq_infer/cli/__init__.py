@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
 
 from fstq_infer.cli import adapters, engines, exporting, federated, machines
 from fstq_infer.cli.root import app
 from fstq_infer.errors import FstqError
-from fstq_infer.terminal import PIPE_CLOSED, discard, notes
+from fstq_infer.terminal import PIPE_CLOSED, discard, notes, prepare
 
 __all__ = ["adapters", "app", "engines", "exporting", "federated", "machines", "main"]
 _log = logging.getLogger(__name__)
@@ -17,9 +16,7 @@ _log = logging.getLogger(__name__)
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: turns errors into one line and an exit code (docs/exit-codes.md)."""
-    for stream in (sys.stdout, sys.stderr):  # a locale without these letters must not end a command
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    prepare()
     code: object = 1
     try:
         app(arguments, prog_name="fstq", standalone_mode=True)

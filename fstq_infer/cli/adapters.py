@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fstq_infer.cli.options import Bundle, Json
+from fstq_infer.cli import complete
+from fstq_infer.cli.options import Bundle, Json, examples
 from fstq_infer.cli.root import app
 from fstq_infer.lazy import load
 
@@ -14,7 +15,7 @@ adapters = typer.Typer(no_args_is_help=True, help="Adapters (LoRA) of a bundle: 
 app.add_typer(adapters, name="adapter")
 
 
-@adapters.command("add", epilog="Example: fstq adapter add my.bundle ./medical")
+@adapters.command("add", epilog=examples("fstq adapter add my.bundle ./medical"))
 def adapter_add(
     bundle: Bundle,
     folder: Annotated[str, typer.Argument(help="A LoRA adapter's folder (PEFT), or NAME=FOLDER.", show_default=False)],
@@ -26,16 +27,18 @@ def adapter_add(
     load("fstq_infer.commands:adapter_add", "fstq adapter", "ort")(bundle, folder, name=name, force=force, json=json)
 
 
-@adapters.command("list", epilog="Example: fstq adapter list my.bundle")
+@adapters.command("list", epilog=examples("fstq adapter list my.bundle"))
 def adapter_list(bundle: Bundle, json: Json = False) -> None:
     """Show a bundle's adapters."""
     load("fstq_infer.commands:adapter_list", "fstq adapter", "ort")(bundle, json=json)
 
 
-@adapters.command("remove", epilog="Example: fstq adapter remove my.bundle medical")
+@adapters.command("remove", epilog=examples("fstq adapter remove my.bundle medical"))
 def adapter_remove(
     bundle: Bundle,
-    name: Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="The adapter's name.", show_default=False, autocompletion=complete.adapters)
+    ],
     json: Json = False,
 ) -> None:
     """Take an adapter out of a bundle."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fstq_infer.cli import complete
 from fstq_infer.cli.options import (
     Adapter,
     Backend,
@@ -22,6 +23,7 @@ from fstq_infer.cli.options import (
     Seed,
     Temperature,
     Threads,
+    examples,
     keep_of,
     ratios_of,
 )
@@ -29,10 +31,12 @@ from fstq_infer.cli.root import app
 from fstq_infer.lazy import load
 
 
-@app.command(epilog="Example: fstq build my.bundle")
+@app.command(epilog=examples("fstq build my.bundle", "fstq build my.bundle --threads 2 --profile here.toml"))
 def build(
     bundle: Bundle,
-    backend: Annotated[str, typer.Option(help="The backend to build for.")] = "ort",
+    backend: Annotated[
+        str, typer.Option(help="ort, tensorrt or tensorrt-rtx.", autocompletion=complete.backends)
+    ] = "ort",
     force: Annotated[bool, typer.Option("--force", help="Build again even when an engine is there.")] = False,
     threads: Threads = None,
     profile: Annotated[
@@ -49,7 +53,11 @@ def build(
     rank: Rank = None,
     workspace: Annotated[int | None, typer.Option(help="TensorRT: largest scratch memory in MiB.")] = None,
     target: Annotated[
-        str | None, typer.Option(help="tensorrt-rtx: build for this device (sm86, sm120), not for this machine's GPU.")
+        str | None,
+        typer.Option(
+            help="tensorrt-rtx: build for this device (sm86, sm120), not for this machine's GPU.",
+            autocompletion=complete.targets,
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -67,10 +75,12 @@ def build(
     )
 
 
-@app.command(epilog="Example: fstq lint my.bundle --target orin-nano")
+@app.command(epilog=examples("fstq lint my.bundle --target orin-nano"))
 def lint(
     bundle: Bundle,
-    target: Annotated[str, typer.Option(help="orin-nano, orin-nx, agx-orin, thor, sm86 or sm120.")] = "orin-nano",
+    target: Annotated[
+        str, typer.Option(help="orin-nano, orin-nx, agx-orin, thor, sm86 or sm120.", autocompletion=complete.targets)
+    ] = "orin-nano",
     tensorrt: Annotated[
         str | None, typer.Option(help="The device's TensorRT, such as 10.3; default: that of its JetPack.")
     ] = None,
@@ -91,10 +101,17 @@ def lint(
     )
 
 
-@app.command(epilog="Example: fstq run my.bundle 'Where does Mora live? ...' --keep 0.5 --show-kept")
+@app.command(
+    epilog=examples(
+        "fstq run my.bundle 'Where does Mora live? ...' --keep 0.5 --show-kept",
+        "fstq run my.bundle - --json < prompt.txt",
+    )
+)
 def run(
     bundle: Bundle,
-    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads standard input.", show_default=False)],
+    prompt: Annotated[
+        str, typer.Argument(help="The prompt; '-' reads standard input, all of it as it is.", show_default=False)
+    ],
     keep: Keep = None,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = None,
@@ -135,7 +152,7 @@ def run(
     )
 
 
-@app.command(epilog="Example: fstq chat my.bundle --system 'Answer in one sentence.'")
+@app.command(epilog=examples("fstq chat my.bundle --system 'Answer in one sentence.'"))
 def chat(
     bundle: Bundle,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
@@ -159,7 +176,10 @@ def chat(
 
 
 @app.command(
-    epilog="Example: fstq bench my.bundle --prompt-tokens 1024 --new-tokens 64 --keep 1.0,0.5,0.25 --json bench.json"
+    epilog=examples(
+        "fstq bench my.bundle --prompt-tokens 1024 --new-tokens 64 --keep 1.0,0.5,0.25 --json bench.json",
+        "fstq bench my.bundle --json - | jq '.rows[].ttft_s'",
+    )
 )
 def bench(
     bundle: Bundle,
@@ -170,7 +190,12 @@ def bench(
     adapter: Adapter = None,
     threads: Threads = None,
     backend: Backend = "ort",
-    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write the numbers to this file; '-': print them instead of the table."
+        ),
+    ] = None,
 ) -> None:
     """Measure dense against pruned, interleaved; medians."""
     load("fstq_infer.commands:bench", "fstq bench", "ort")(

@@ -7,12 +7,19 @@ from typing import Annotated
 
 import typer
 
-from fstq_infer.cli.options import CALIB_HELP, Json, Threads, layers_of, ratios_of
+from fstq_infer.cli import complete
+from fstq_infer.cli.options import CALIB_HELP, Json, Threads, examples, layers_of, ratios_of
 from fstq_infer.cli.root import app
 from fstq_infer.lazy import load
 
 
-@app.command(epilog="Example: fstq export ./my-model --out my.bundle --calib questions.jsonl --max-quality-drop 0.01")
+@app.command(
+    epilog=examples(
+        "fstq export ./my-model --out my.bundle --calib questions.jsonl --max-quality-drop 0.01",
+        "fstq export ./my-model --out my.bundle --calib questions.jsonl --precision auto --bits 5",
+        "fstq export ./my-model --out my.bundle --calib questions.jsonl --adapter medical=./lora",
+    )
+)
 def export(
     model: Annotated[
         str, typer.Argument(help="A Hugging Face model folder, or a hub id; safetensors only.", show_default=False)
@@ -49,7 +56,9 @@ def export(
         str | None,
         typer.Option(
             help="Formats of the weights: auto (least predicted damage within --bits or --bytes; needs --calib), fp32, "
-            "fp16, bf16, int8, int8-dynamic, int4, int4-64, int4-128, or a plan's file, PLAN.toml; default: as --dtype."
+            "fp16, bf16, int8, int8-dynamic, int4, int4-64, int4-128, or a plan's file, PLAN.toml; "
+            "default: as --dtype.",
+            autocompletion=complete.precisions,
         ),
     ] = None,
     bits: Annotated[
@@ -68,7 +77,8 @@ def export(
         str | None,
         typer.Option(
             help="The device: a board (orin-nano, orin-nano@15W; see 'fstq plan'), or a file from 'fstq build "
-            "--profile'; default: a roofline of this machine."
+            "--profile'; default: a roofline of this machine.",
+            autocompletion=complete.devices,
         ),
     ] = None,
     tune_codes: Annotated[
@@ -137,15 +147,18 @@ def export(
     )
 
 
-@app.command(epilog="Example: fstq demo --out demo-out")
+@app.command(
+    epilog=examples("fstq demo --out demo-out", "fstq demo --model ./my-model --calib questions.jsonl --out my-demo")
+)
 def demo(
     out: Annotated[Path, typer.Option(help="Where bundle and report go.")] = Path("demo-out"),
     model: Annotated[str | None, typer.Option(help="Another model: a folder or hub id; needs --calib.")] = None,
     calib: Annotated[Path | None, typer.Option(help="Calibration data for --model.")] = None,
     questions: Annotated[int, typer.Option(help="Test questions to answer, dense and pruned.")] = 60,
     threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """The main job on a small model of ours: calibrate, export, build, and answer dense and pruned side by side."""
     load("fstq_export.demo.run:demo", "fstq demo", "export")(
-        out=out, model=model, calib=calib, questions=questions, threads=threads
+        out=out, model=model, calib=calib, questions=questions, threads=threads, json=json
     )

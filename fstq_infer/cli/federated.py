@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fstq_infer.cli.options import Json
+from fstq_infer.cli.options import Json, examples
 from fstq_infer.cli.root import app
 from fstq_infer.lazy import load
 
@@ -15,7 +15,7 @@ fed = typer.Typer(no_args_is_help=True, help="Federated fine-tuning: train an ad
 app.add_typer(fed, name="fed")
 
 
-@fed.command("run", epilog="Example: fstq fed run federation.toml --set server.rounds=20 --resume")
+@fed.command("run", epilog=examples("fstq fed run federation.toml --set server.rounds=20 --resume"))
 def fed_run(
     config: Annotated[
         Path, typer.Argument(help="A TOML file, or a pyproject.toml with [tool.flwr.app.config].", show_default=False)
@@ -32,7 +32,7 @@ def fed_run(
     )
 
 
-@fed.command("new", epilog="Example: fstq fed new my-federation --model ./my-model --data questions.jsonl")
+@fed.command("new", epilog=examples("fstq fed new my-federation --model ./my-model --data questions.jsonl"))
 def fed_new(
     folder: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
     model: Annotated[str, typer.Option(help="Folder of the base model.")] = "model",

@@ -7,17 +7,26 @@ from typing import Annotated
 
 import typer
 
-from fstq_infer.cli.options import Json, ratios_of
+from fstq_infer.cli import complete
+from fstq_infer.cli.options import Json, examples, ratios_of
 from fstq_infer.cli.root import app
 from fstq_infer.lazy import load
 
 
-@app.command(epilog="Example: fstq plan my.bundle --device orin-nano --prompt-tokens 2048 --precision int4-128")
+@app.command(
+    epilog=examples(
+        "fstq plan my.bundle --device orin-nano --prompt-tokens 2048 --precision int4-128",
+        "fstq plan my.bundle --device all --json",
+    )
+)
 def plan(
     bundle: Annotated[Path | None, typer.Argument(help="The bundle's directory.", show_default=False)] = None,
     device: Annotated[
         list[str] | None,
-        typer.Option(help="A device's name, 'all', or a profile's file; several times for several; default: this one."),
+        typer.Option(
+            help="A device's name, 'all', or a profile's file; several times for several; default: this one.",
+            autocompletion=complete.planned,
+        ),
     ] = None,
     mode: Annotated[str | None, typer.Option(help="Power mode, such as 15W; default: the profile's.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 1024,
@@ -46,7 +55,7 @@ def plan(
     raise typer.Exit(code)
 
 
-@app.command(epilog="Example: fstq doctor")
+@app.command(epilog=examples("fstq doctor", "fstq doctor --record machine.json"))
 def doctor(
     json: Json = False,
     record: Annotated[

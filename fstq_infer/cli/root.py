@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from fstq_infer.terminal import notes
+from fstq_infer.terminal import PIPE_CLOSED, discard, notes
 
 ORDER = ("export", "build", "run", "chat", "bench", "plan", "lint", "doctor", "demo", "adapter", "fed")
 INTERRUPTED = 130  # 128 + SIGINT
@@ -21,13 +23,27 @@ class Commands(TyperGroup):
         """Names; those that ORDER lacks come last."""
         return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Read the command line; --help and --version print here."""
+        with _quiet_ends():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
-        try:
+        with _quiet_ends():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            notes.print("\ninterrupted")
-            raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _quiet_ends() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        notes.print("\ninterrupted")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        discard()
+        raise typer.Exit(PIPE_CLOSED) from None
 
 
 app = typer.Typer(
