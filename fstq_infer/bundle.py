@@ -184,11 +184,11 @@ def _instead(path: str) -> str:
     """What to do about a path that is no bundle, by what lies there."""
     if "\0" not in path:
         if os.path.isfile(os.path.join(path, "config.json")):
-            return f"A Hugging Face model is there; make a bundle of it: fstq export {path} --out my.bundle."
+            return f"A Hugging Face model is there; make a bundle of it: fstq export {path!a} --out my.bundle."
         if os.path.isfile(os.path.join(path, "adapter_config.json")):
             return "A LoRA adapter is there; give the bundle's directory, and the adapter to 'fstq adapter add'."
         if os.path.isfile(path) and os.path.isfile(os.path.join(os.path.dirname(path), MANIFEST)):
-            return f"It is a file of one: give {os.path.dirname(path) or os.curdir} instead."
+            return f"It is a file of one: give {os.path.dirname(path) or os.curdir!a} instead."
     return "Check the path, or write a bundle with 'fstq export'."
 
 

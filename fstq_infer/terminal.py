@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
@@ -20,18 +20,13 @@ PIPE_CLOSED = 141  # 128 + SIGPIPE: what a shell reports of any program whose re
 
 
 class Terminal(Console):
-    """A console that never breaks lines itself and ends the command quietly when its reader has gone."""
+    """A console that never breaks lines itself."""
 
     def __init__(self, stderr: bool = False, markup: bool = False) -> None:
         stream = sys.stderr if stderr else sys.stdout
         wide = "COLUMNS" not in os.environ and not (stream and stream.isatty())
         width = PLAIN_WIDTH if wide else None
         super().__init__(stderr=stderr, highlight=False, markup=markup, soft_wrap=True, width=width)
-
-    def on_broken_pipe(self) -> NoReturn:
-        """Called by rich. What is left to print goes nowhere."""
-        discard()
-        raise SystemExit(PIPE_CLOSED)
 
     def data(self, value: Any) -> None:
         """One JSON object; letters that the output's encoding may lack are escaped."""

@@ -21,7 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments, prog_name="fstq", standalone_mode=True)
     except SystemExit as done:
-        code = done.code
+        # rich and typer both end with 1 when the reader of a pipe has gone
+        code = PIPE_CLOSED if isinstance(done.__context__, BrokenPipeError) else done.code
     except FstqError as error:
         _failed(str(error), error)
     except MemoryError as error:

@@ -17,7 +17,8 @@ def adapters(ctx: typer.Context, incomplete: str) -> list[str]:
     """Names of the adapters of the bundle that stands before."""
     from fstq_infer.bundle import Bundle
 
-    path = ctx.params.get("bundle")
+    # While an option lacks its value, the parser has not come to the arguments; the bundle is the first of them.
+    path = ctx.params.get("bundle") or next((word for word in ctx.args if not word.startswith("-")), None)
     try:
         names = list(Bundle.open(path, checksums=False).manifest.adapters) if path is not None else []
     except FstqError:

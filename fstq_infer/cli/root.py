@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fstq_infer.terminal import PIPE_CLOSED, discard, notes
+from fstq_infer.terminal import notes
 
 ORDER = ("export", "build", "run", "chat", "bench", "plan", "lint", "doctor", "demo", "adapter", "fed")
 INTERRUPTED = 130  # 128 + SIGINT
@@ -41,9 +41,6 @@ def _quiet_ends() -> Iterator[None]:
     except KeyboardInterrupt:
         notes.print("\ninterrupted")
         raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:
-        discard()
-        raise typer.Exit(PIPE_CLOSED) from None
 
 
 app = typer.Typer(
