@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -28,6 +30,21 @@ def test_wheel_top_level_is_exactly_the_three_packages(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.split("/")[0] for name in archive.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fstq_infer", "fstq_export", "fstq_engines"}
+
+
+def test_sdist_holds_what_the_repository_does_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="hatchling builds the sdist; install the 'dev' extra")
+    listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    if shutil.which("git") is None or (found := subprocess.run(listed, capture_output=True, check=False)).returncode:
+        pytest.skip("not a git checkout")
+    known = {name for name in found.stdout.decode().split("\0") if name and (ROOT / name).is_file()}
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    assert held - known == {"PKG-INFO"}
+    missing = known - held - {".gitignore"}
+    assert {name for name in missing if not name.startswith("bench/results/")} == set()
 
 
 @pytest.mark.slow
