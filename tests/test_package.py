@@ -105,11 +105,14 @@ def test_import_is_light() -> None:
     assert all(output.split(" ", 1)[1].strip() == "[]" for output in outputs)
 
 
-@pytest.mark.parametrize("command", ["export", "build", "run", "chat", "bench", "demo", "plan", "doctor"])
+COMMANDS = ("export", "build", "lint", "run", "chat", "bench", "demo", "plan", "doctor", "fed run", "fed new")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"adapter {name}" for name in ("add", "list", "remove"))])
 def test_help_is_light_and_has_an_example(command: str) -> None:
     code = (
         "import sys, contextlib\nfrom fstq_infer.cli import app\n"
-        "with contextlib.suppress(SystemExit): app([sys.argv[1], '--help'])\n"
+        "with contextlib.suppress(SystemExit): app([*sys.argv[1].split(), '--help'], prog_name='fstq')\n"
         f"print('LOADED', [m for m in {HEAVY!r} if m in sys.modules])"
     )
     done = subprocess.run(
@@ -119,8 +122,23 @@ def test_help_is_light_and_has_an_example(command: str) -> None:
         check=True,
         env={**os.environ, "COLUMNS": "200"},
     )
-    assert "Example: fstq " + command in done.stdout
+    assert f"Example: fstq {command}" in done.stdout
     assert "LOADED []" in done.stdout
+
+
+def test_every_command_is_tried() -> None:
+    """The list above has them all, so that none lacks an example."""
+    import typer.main
+
+    from fstq_infer.cli import app
+
+    group = typer.main.get_command(app)
+    names = [
+        f"{name} {below}" if below else name
+        for name, one in group.commands.items()  # type: ignore[attr-defined]
+        for below in getattr(one, "commands", {"": None})
+    ]
+    assert sorted(names) == sorted([*COMMANDS, "adapter add", "adapter list", "adapter remove"])
 
 
 def _imports(path: Path) -> set[str]:

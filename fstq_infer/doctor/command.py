@@ -19,6 +19,7 @@ from fstq_infer.errors import OptionError
 from fstq_infer.terminal import notes, out
 
 CHECKS: tuple[Check, ...] = (
+    software.versions,
     software.device,
     software.jetpack,
     software.cuda,
@@ -80,6 +81,8 @@ def as_json(facts: Facts, found: Sequence[Finding]) -> dict[str, object]:
     """For programs."""
     return {
         "system": facts.system,
+        "python": facts.python,
+        "versions": software.versions_of(facts),
         "jetson": facts.jetson,
         "profile": facts.profile.name if facts.profile else None,
         "l4t": f"{facts.l4t[0]}.{facts.l4t[1]}" if facts.l4t else None,
