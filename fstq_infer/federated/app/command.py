@@ -73,9 +73,13 @@ def line_of(round: int, figures: Figures) -> str:
 
 def new(folder: Path, *, model: str, data: str) -> None:
     """``fstq fed new``. Relative paths are from the working directory; those in the file, from its folder."""
-    if folder.exists() and any(folder.iterdir()):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
+    except OSError as error:
+        raise OptionError(f"{folder} cannot be made: {error.strerror}. Name a new folder.") from error
+    if used:
         raise OptionError(f"{folder} is not empty. Name a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
     text = PROJECT.format(name=_name(folder), model=_from(folder, model), data=_from(folder, data))
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
     (folder / "fstq_app.py").write_text(MODULE, encoding="utf-8")
