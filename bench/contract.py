@@ -58,7 +58,7 @@ def fresh_drops(decoder: Decoder, calibrator: Calibrator, result: Any, items: li
     stages = [Stage(layer, sink, window) for layer in result.layers]
     spans: list[int] = []
     for probe in result.probes:
-        spans.append(spans[-1] if probe is None else int(probe.span.shape[2]))
+        spans.append(spans[-1] if probe is None else probe.span_size)
 
     def outcome(count: Callable[[int, int, Any], int]) -> Outcome:
         """count: (stage, tokens of the prompt, scores) -> how many stay."""

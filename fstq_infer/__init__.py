@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fstq_infer.runtime.generate import Generator
 
-__version__ = "0.0.1"
+__version__ = "0.1.0"
 __all__ = ["Generator", "__version__"]
 
 

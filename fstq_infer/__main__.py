@@ -1,5 +1,16 @@
-"""``python -m fstq_infer`` is the command ``fstq``."""
+"""``fstq`` and ``python -m fstq_infer``: Ctrl-C is quiet from the first moment on, also while modules are loaded."""
 
-from fstq_infer.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """The command line's entry point."""
+    try:
+        from fstq_infer.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -171,14 +171,25 @@ def _read_manifest(path: Path) -> bytes:
     file = path / MANIFEST
     if "\0" in str(path) or not path.is_dir() or not os.path.lexists(file):
         raise BundleNotFoundError(
-            f"{str(path)!a} is no bundle: expected a directory with a {MANIFEST}. Check the path, or write a bundle "
-            f"with 'fstq export'."
+            f"{str(path)!a} is no bundle: expected a directory with a {MANIFEST}. {_instead(str(path))}"
         )
     _check_size(file, _regular_size(file), MANIFEST_CAP)
     with file.open("rb") as stream:
         data = stream.read(MANIFEST_CAP + 1)
     _check_size(file, len(data), MANIFEST_CAP)
     return data
+
+
+def _instead(path: str) -> str:
+    """What to do about a path that is no bundle, by what lies there."""
+    if "\0" not in path:
+        if os.path.isfile(os.path.join(path, "config.json")):
+            return f"A Hugging Face model is there; make a bundle of it: fstq export {path!a} --out my.bundle."
+        if os.path.isfile(os.path.join(path, "adapter_config.json")):
+            return "A LoRA adapter is there; give the bundle's directory, and the adapter to 'fstq adapter add'."
+        if os.path.isfile(path) and os.path.isfile(os.path.join(os.path.dirname(path), MANIFEST)):
+            return f"It is a file of one: give {os.path.dirname(path) or os.curdir!a} instead."
+    return "Check the path, or write a bundle with 'fstq export'."
 
 
 def _regular_size(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json as jsonlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,23 +10,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fstq_infer.adapters import store
 from fstq_infer.adapters.info import check_name
+from fstq_infer.atomic import replace_file
 from fstq_infer.bundle import Bundle
-from fstq_infer.errors import OptionError
+from fstq_infer.errors import BundleNotFoundError, OptionError
 from fstq_infer.lazy import load
 from fstq_infer.runtime.bench import BenchReport, measure
 from fstq_infer.runtime.generate import Generator
 from fstq_infer.runtime.load import build_engine
 from fstq_infer.runtime.result import Result
 from fstq_infer.runtime.text import TextStream
+from fstq_infer.strict_json import MANIFEST
+from fstq_infer.terminal import argument, notes, out, standard_input
 
-out = Console(highlight=False, markup=False, soft_wrap=True)
-notes = Console(stderr=True, highlight=False)
+NAME = 1024  # letters of a prompt that may be a path
 
 
 def build(
@@ -51,7 +53,7 @@ def build(
             measure_device(bundle, profile, profile_tokens, threads)
     sidecar = jsonlib.loads((engine / "engine.json").read_text(encoding="utf-8"))
     if json:
-        out.print_json(data={"engine": str(engine), **sidecar})
+        out.data({"engine": str(engine), **sidecar})
         return
     out.print(f"engine: {engine}")
     made = f"{sidecar['build_seconds']:.1f} s with {sidecar['backend']} {sidecar['version']}"
@@ -74,14 +76,16 @@ def run(
     backend: str = "ort",
 ) -> None:
     """``fstq run``."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = standard_input() if prompt == "-" else argument(prompt)
+    if not path.is_dir() and (Path(prompt[:NAME]) / MANIFEST).is_file():
+        raise BundleNotFoundError(f"{str(path)!a} is no bundle, {prompt!a} is: the bundle comes first, then the prompt")
     generator = Generator.load(path, backend=backend, threads=threads, adapter=adapter)
     given = {name: value for name, value in options.items() if value is not None}
     if json:
         result = (
             generator.chat([{"role": "user", "content": text}], **given) if chat else generator.generate(text, **given)
         )
-        out.print_json(data=as_json(result))
+        out.data(as_json(result))
         return
     stream = (
         generator.chat([{"role": "user", "content": text}], stream=True, **given)
@@ -94,7 +98,7 @@ def run(
     result = stream.result
     if show_kept:
         out.print()
-        out.print(kept_text(generator, result))
+        out.print(kept(generator, result))
     t = result.timings
     notes.print(
         f"{len(result.kept)} of {len(result.prompt_tokens)} prompt tokens kept, "
@@ -116,14 +120,26 @@ def as_json(result: Result) -> dict[str, Any]:
     }
 
 
+def kept(generator: Generator, result: Result) -> Text | str:
+    """The prompt with what was dropped marked as standard output can show it."""
+    return kept_text(generator, result) if out.styled else marked_text(generator, result)
+
+
 def kept_text(generator: Generator, result: Result) -> Text:
     """The prompt with kept tokens in green and dropped ones dim and struck out."""
-    kept = set(result.kept)
-    text = Text()
-    stream = TextStream(generator.tokenizer)
+    stays, stream, text = set(result.kept), TextStream(generator.tokenizer), Text()
     for index, token in enumerate(result.prompt_tokens):
-        text.append(stream.push(token), style="green" if index in kept else "strike dim")
+        text.append(stream.push(token), style="green" if index in stays else "strike dim")
     return text
+
+
+def marked_text(generator: Generator, result: Result) -> str:
+    """The prompt with runs of dropped tokens in [- and -], for where nothing can be struck out."""
+    stays, stream, pieces = set(result.kept), TextStream(generator.tokenizer), []
+    for dropped, run in itertools.groupby(enumerate(result.prompt_tokens), lambda item: item[0] not in stays):
+        text = "".join(stream.push(token) for _, token in run)
+        pieces.append(f"[-{text}-]" if dropped else text)
+    return "".join(pieces)
 
 
 def chat(
@@ -139,9 +155,10 @@ def chat(
     generator = Generator.load(path, backend=backend, threads=threads, adapter=adapter)
     session = generator.session(system=system) if system else generator.session()
     given = {name: value for name, value in options.items() if value is not None}
+    generator.options(given)
     while True:
         try:
-            line = out.input("you: ")
+            line = out.input("you: " if sys.stdin.isatty() else "")
         except EOFError:
             break
         if not line.strip():
@@ -171,16 +188,23 @@ def bench(
     """``fstq bench``."""
     if keeps is None:
         raise OptionError("--keep takes numbers here, such as 1.0,0.5,0.25")
-    if json_file is not None and (json_file.is_dir() or not json_file.parent.is_dir()):
+    printed = str(json_file) == "-"
+    if json_file is not None and not printed and (json_file.is_dir() or not json_file.parent.is_dir()):
         raise OptionError(f"--json {json_file} cannot be written: it is a folder, or its folder does not exist")
     generator = Generator.load(path, backend=backend, threads=threads, adapter=adapter)
     with notes.status("measuring"):
         report = measure(generator.adapted_engine, prompt_tokens, new_tokens, keeps, repeats)
+    if printed:
+        out.data(report.to_json())
+        return
     out.print(bench_table(report))
     if json_file is not None:
-        partial = json_file.with_name(f".{json_file.name}.partial")
-        partial.write_text(jsonlib.dumps(report.to_json(), indent=1), encoding="utf-8")
-        partial.replace(json_file)
+        try:
+            replace_file(json_file, jsonlib.dumps(report.to_json(), indent=1).encode())
+        except OSError as error:
+            raise OptionError(
+                f"--json {json_file} cannot be written: {error}; '--json -' prints the numbers"
+            ) from error
 
 
 def adapter_add(path: Path, given: str, *, name: str | None, force: bool, json: bool) -> None:
@@ -188,7 +212,7 @@ def adapter_add(path: Path, given: str, *, name: str | None, force: bool, json: 
     chosen, folder = (check_name(name), Path(given)) if name is not None else store.named(given)
     bundle = store.add(path, chosen, folder, force=force)
     if json:
-        out.print_json(data={"adapter": chosen, **bundle.manifest.adapters[chosen].to_json()})
+        out.data({"adapter": chosen, **bundle.manifest.adapters[chosen].to_json()})
         return
     out.print(f"added {chosen}: rank {bundle.manifest.adapters[chosen].rank}; built engines stay valid")
     if bundle.manifest.stages:
@@ -200,7 +224,7 @@ def adapter_list(path: Path, *, json: bool) -> None:
     bundle = Bundle.open(path, checksums=False)
     found = bundle.manifest.adapters
     if json:
-        out.print_json(data={name: one.to_json() for name, one in found.items()})
+        out.data({name: one.to_json() for name, one in found.items()})
         return
     if bundle.manifest.lora is None:
         out.print("this bundle takes no adapters; export the model again with --adapter or --adapter-targets")
@@ -222,7 +246,7 @@ def adapter_remove(path: Path, name: str, *, json: bool) -> None:
     """``fstq adapter remove``."""
     bundle = store.remove(path, name)
     if json:
-        out.print_json(data={"removed": name, "adapters": sorted(bundle.manifest.adapters)})
+        out.data({"removed": name, "adapters": sorted(bundle.manifest.adapters)})
         return
     out.print(f"removed {name}; built engines stay valid")
 

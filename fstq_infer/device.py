@@ -122,7 +122,12 @@ def matching(model: str, memory: int) -> Profile | None:
 
 def parse(data: bytes, name: str, place: str) -> Profile:
     """Raises OptionError naming ``place`` and what is wrong, whatever the input."""
-    top = Table(load(data, place, LARGEST, "a device profile such as those in jetson/profiles"), place)
+    return parsed(load(data, place, LARGEST, "a device profile such as those in jetson/profiles"), place, name)
+
+
+def parsed(data: Mapping[str, Any], place: str, name: str | None = None) -> Profile:
+    """Of a file's TOML tables; its name is the file's where none is given. Errors as :func:`parse`."""
+    top = Table(data, place)
     top.format(FORMAT, VERSION)
     top.only(
         *("format", "version", "title", "sm", "memory_gib", "formats", "default", "match", "peak", "modes", "estimate")
@@ -144,7 +149,7 @@ def parse(data: bytes, name: str, place: str) -> Profile:
     match = _table(top, "match")
     match.only("models", "memory_gib")
     return Profile(
-        name=name,
+        name=Path(place).stem if name is None else name,
         title=top.value("title", str),
         sm=top.value("sm", str),
         memory=round(top.number("memory_gib", above=True) * 2**30),

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fstq_infer import device
@@ -19,8 +18,8 @@ from fstq_infer.errors import OptionError
 from fstq_infer.roofline import Decoder, Linear, Prediction, predict
 from fstq_infer.runtime.options import keep_counts, keep_ratios
 from fstq_infer.shape import decoder_of
+from fstq_infer.terminal import out
 
-out = Console(highlight=False, markup=False, soft_wrap=True)
 NOTE = "A roofline, not a measurement: expect within a factor of two (fstq plan --check; docs/jetson.md)."
 WITHIN = 2.0  # factor between prediction and published speed
 
@@ -71,7 +70,7 @@ def plan(
     ]
     formats = sorted({linear.format for linear in decoder.linears})
     if json:
-        out.print_json(data={"note": NOTE, "weights": formats, "rows": [as_json(row) for row in rows]})
+        out.data({"note": NOTE, "weights": formats, "rows": [as_json(row) for row in rows]})
     else:
         out.print(table(rows, f"{path.name}, {prompt_tokens} + {new_tokens} tokens, weights {', '.join(formats)}"))
         out.print(NOTE)
@@ -192,7 +191,7 @@ def _check(json: bool) -> int:
     rows = compare()
     failed = [row for row in rows if row["default"] and not row["within"]]
     if json:
-        out.print_json(data={"within": WITHIN, "rows": rows, "met": not failed})
+        out.data({"within": WITHIN, "rows": rows, "met": not failed})
         return bool(failed)
     made = Table(title="published by NVIDIA (TensorRT Edge-LLM 0.9) and predicted")
     for name in ("model", "device", "mode"):

@@ -1,4 +1,4 @@
-"""What is known of the machine and of this process: processor, usable cores, memory. Standard library only."""
+"""What is known of the machine and of this process: processor, usable cores, memory. Imports no other library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fstq_infer.errors import OptionError
+
 MEMINFO = Path("/proc/meminfo")
+MOST_THREADS = 64  # on any machine; more than there are cores only wait for each other
 
 
 def physical_cores() -> int:
@@ -23,6 +26,15 @@ def physical_cores() -> int:
         except OSError:
             cores.add(str(cpu))
     return len(cores)
+
+
+def check_threads(threads: Any) -> None:
+    """Raises OptionError unless ``threads`` is None or a number that this machine can be asked for."""
+    most = max(MOST_THREADS, 4 * (os.cpu_count() or 1))
+    if threads is None or (isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= most):
+        return
+    expected = f"1 to {most}" if isinstance(threads, int) and threads > most else ">= 1"
+    raise OptionError(f"threads={threads!r} is not accepted; expected a whole number {expected}")
 
 
 def peak_rss() -> int:

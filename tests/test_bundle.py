@@ -96,10 +96,23 @@ def test_optional_files_may_be_absent(whole: Path) -> None:
         Bundle.open(whole).file("chat_template.jinja")
 
 
-@pytest.mark.parametrize("path", ["absent", "absent/deeper", "whole/model.onnx", "nul\0", "empty"])
+@pytest.mark.parametrize("path", ["absent", "absent/deeper", "nul\0", "empty"])
 def test_not_found(whole: Path, path: str) -> None:
     (whole.parent / "empty").mkdir()
     fails(errors.BundleNotFoundError, whole.parent / path, "fstq export")
+
+
+def test_not_found_says_what_lies_there_instead(whole: Path, tmp_path: Path) -> None:
+    fails(errors.BundleNotFoundError, whole / "model.onnx", f"a file of one: give '{whole}' instead")
+    for name, words in (
+        ("config.json", "make a bundle of it: fstq export"),
+        ("adapter_config.json", "fstq adapter add"),
+    ):
+        (tmp_path / name).mkdir()
+        fails(errors.BundleNotFoundError, tmp_path / name)
+        (tmp_path / f"with-{name}").mkdir()
+        (tmp_path / f"with-{name}" / name).write_text("{}")
+        fails(errors.BundleNotFoundError, tmp_path / f"with-{name}", words)
 
 
 def test_unreadable_path(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,11 @@ import pytest
 pytest.importorskip("mobius", reason="fstq export needs the 'export' extra")
 pytest.importorskip("onnxruntime", reason="engines need the 'ort' extra")
 
+from tests.bundles import posix
 from tests.export.families import make
 
 
 def fstq(*arguments: object, cache: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    import os
-
     environment = {**os.environ, "FSTQ_CACHE": str(cache), "COLUMNS": "200"}
     command = [sys.executable, "-m", "fstq_infer", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, input=stdin)
@@ -55,7 +56,7 @@ def test_build_then_run_json(bundle: Path, cache: Path) -> None:
 def test_run_streams_and_shows_kept(bundle: Path, cache: Path) -> None:
     done = fstq("run", bundle, "-", "--show-kept", "--max-tokens", 3, cache=cache, stdin=PROMPT)
     assert done.returncode == 0, done.stderr
-    assert "lazy dog" in done.stdout
+    assert "lazy dog" in re.sub(r"\[-|-\]", "", done.stdout)
     assert "prompt tokens kept" in done.stderr
 
 
@@ -92,6 +93,21 @@ def test_bench_writes_json(bundle: Path, cache: Path, tmp_path: Path) -> None:
         (("export", "nowhere", "--out", "{t}/x", "--prune-layer", "2,4", "--keep", "0.25,0.5"), "do not rise"),
         (("run", "{b}", "hi", "--keep", "0.5,0.25"), "2 ratios"),
         (("demo", "--model", "x", "--out", "{t}/d"), "--calib"),
+        (("demo", "--questions", "0", "--out", "{t}/d"), "--questions"),
+        (("run", "hi", "{b}"), "the bundle comes first"),
+        (("run", "{b}/model.onnx", "hi"), "a file of one"),
+        (("run", "{b}", "hi", "--threads", "100000"), "threads=100000"),
+        (("build", "{b}", "--threads", "0"), "threads=0"),
+        (("chat", "{b}", "--max-tokens", "0"), "max_tokens=0"),
+        (("chat", "{b}", "--keep", "2"), "keep=2.0"),
+        (
+            ("bench", "{b}", "--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--json", "/proc/x"),
+            "--json -",
+        ),
+        (("export", "{b}", "--out", "{t}/x"), "it is a bundle already"),
+        (("export", "{b}/model.onnx", "--out", "{t}/x"), "is a file; expected"),
+        (("export", "./nowhere", "--out", "{t}/x"), "does not exist; expected"),
+        (("export", "{b}", "--out", "{t}/x", "--calib", "{t}"), "is no file"),
     ],
 )
 def test_errors_are_one_line_with_exit_code_1(
@@ -105,6 +121,74 @@ def test_errors_are_one_line_with_exit_code_1(
 def test_usage_errors_exit_with_2(bundle: Path, cache: Path) -> None:
     assert fstq("run", bundle, "hi", "--tempreature", 1, cache=cache).returncode == 2
     assert fstq("nonsense", cache=cache).returncode == 2
+
+
+def test_bench_prints_json(bundle: Path, cache: Path) -> None:
+    options = ("--prompt-tokens", 8, "--new-tokens", 2, "--keep", "1.0", "--repeats", 1, "--json", "-")
+    done = fstq("bench", bundle, *options, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"][0]["kept"] == 8
+
+
+def test_dropped_tokens_are_marked_where_nothing_can_be_struck_out(bundle: Path, cache: Path) -> None:
+    done = fstq("run", bundle, PROMPT, "--show-kept", "--max-tokens", 1, cache=cache)
+    shown = done.stdout.rstrip("\n").rpartition("\n")[2]
+    assert "[-" in shown and "\x1b" not in shown
+    assert re.sub(r"\[-|-\]", "", shown).strip().endswith(PROMPT)
+
+
+def test_the_chat_prompt_is_for_terminals(bundle: Path, cache: Path) -> None:
+    done = fstq("chat", bundle, "--max-tokens", 1, cache=cache, stdin="\n")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("data", "words"), [(b"\xff\xfe", "not UTF-8"), (b"", "empty"), (b"a" * (17 << 20), "more than")]
+)
+def test_bad_standard_input(bundle: Path, cache: Path, data: bytes, words: str) -> None:
+    command = [sys.executable, "-m", "fstq_infer", "run", str(bundle), "-"]
+    done = subprocess.run(
+        command, capture_output=True, check=False, env={**os.environ, "FSTQ_CACHE": str(cache)}, input=data
+    )
+    assert done.returncode == 1 and words in done.stderr.decode() and b"Traceback" not in done.stderr
+
+
+@posix
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams(bundle: Path, cache: Path, closed: str) -> None:
+    command = f"exec {sys.executable} -m fstq_infer run '{bundle}' - --max-tokens 1 {closed}"
+    environment = {**os.environ, "FSTQ_CACHE": str(cache)}
+    done = subprocess.run(command, shell=True, capture_output=True, check=False, env=environment, input=b"fox")
+    assert done.returncode == (1 if closed == "<&-" else 0) and b"Traceback" not in done.stderr, done.stderr
+    assert closed != "<&-" or b"empty" in done.stderr
+
+
+@posix
+def test_a_locale_that_lacks_the_letters(bundle: Path, cache: Path) -> None:
+    """Arguments are UTF-8 all the same, and JSON stays JSON."""
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "FSTQ_CACHE": str(cache)}
+    command = [sys.executable, "-m", "fstq_infer", "run", str(bundle), "Müller fox"]
+    for more in (["--json"], ["--show-kept"]):
+        done = subprocess.run(
+            [*command, "--max-tokens", "2", *more], capture_output=True, check=False, env={**os.environ, **plain}
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.isascii()
+        if more == ["--json"]:
+            json.loads(done.stdout)
+
+
+@posix
+def test_ctrl_c_ends_with_130() -> None:
+    """Sent to a command at work, by itself so that it comes at a known moment."""
+    code = (
+        "import os, signal, time, fstq_infer.forecast as module\n"
+        "from fstq_infer.cli import main\n"
+        "module.plan = lambda *_, **__: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
+        "main(['plan'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "interrupted")
 
 
 def test_damaged_bundle(bundle: Path, cache: Path, tmp_path: Path) -> None:

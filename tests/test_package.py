@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -28,6 +30,21 @@ def test_wheel_top_level_is_exactly_the_three_packages(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.split("/")[0] for name in archive.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fstq_infer", "fstq_export", "fstq_engines"}
+
+
+def test_sdist_holds_what_the_repository_does_and_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="hatchling builds the sdist; install the 'dev' extra")
+    listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    if shutil.which("git") is None or (found := subprocess.run(listed, capture_output=True, check=False)).returncode:
+        pytest.skip("not a git checkout")
+    known = {name for name in found.stdout.decode().split("\0") if name and (ROOT / name).is_file()}
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    assert held - known == {"PKG-INFO"}
+    missing = known - held - {".gitignore"}
+    assert {name for name in missing if not name.startswith("bench/results/")} == set()
 
 
 @pytest.mark.slow
@@ -88,11 +105,14 @@ def test_import_is_light() -> None:
     assert all(output.split(" ", 1)[1].strip() == "[]" for output in outputs)
 
 
-@pytest.mark.parametrize("command", ["export", "build", "run", "chat", "bench", "demo", "plan", "doctor"])
+COMMANDS = ("export", "build", "lint", "run", "chat", "bench", "demo", "plan", "doctor", "fed run", "fed new")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"adapter {name}" for name in ("add", "list", "remove"))])
 def test_help_is_light_and_has_an_example(command: str) -> None:
     code = (
         "import sys, contextlib\nfrom fstq_infer.cli import app\n"
-        "with contextlib.suppress(SystemExit): app([sys.argv[1], '--help'])\n"
+        "with contextlib.suppress(SystemExit): app([*sys.argv[1].split(), '--help'], prog_name='fstq')\n"
         f"print('LOADED', [m for m in {HEAVY!r} if m in sys.modules])"
     )
     done = subprocess.run(
@@ -102,8 +122,23 @@ def test_help_is_light_and_has_an_example(command: str) -> None:
         check=True,
         env={**os.environ, "COLUMNS": "200"},
     )
-    assert "Example: fstq " + command in done.stdout
+    assert f"Example: fstq {command}" in done.stdout
     assert "LOADED []" in done.stdout
+
+
+def test_every_command_is_tried() -> None:
+    """The list above has them all, so that none lacks an example."""
+    import typer.main
+
+    from fstq_infer.cli import app
+
+    group = typer.main.get_command(app)
+    names = [
+        f"{name} {below}" if below else name
+        for name, one in group.commands.items()  # type: ignore[attr-defined]
+        for below in getattr(one, "commands", {"": None})
+    ]
+    assert sorted(names) == sorted([*COMMANDS, "adapter add", "adapter list", "adapter remove"])
 
 
 def _imports(path: Path) -> set[str]:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
@@ -17,8 +16,7 @@ from fstq_export.pipeline import export as run_export
 from fstq_export.recipe import Recipe
 from fstq_export.report import precision_verdict, verdict
 from fstq_export.wanted import Precision
-
-out = Console(highlight=False, markup=False, soft_wrap=True)
+from fstq_infer.terminal import notes, out
 
 
 @contextmanager
@@ -31,7 +29,7 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=Console(stderr=True)) as shown:
+    with Bars(*columns, console=notes, disable=not notes.is_terminal) as shown:
         tasks: dict[str, Any] = {}
 
         def report(name: str, done: int, total: int) -> None:
@@ -97,14 +95,8 @@ def adapter_verdict(name: str, found: Mapping[str, Any]) -> str:
 def show(done: Done, json: bool) -> None:
     """Summary of a finished export."""
     if json:
-        out.print_json(
-            data={
-                "bundle": str(done.path),
-                "seconds": done.seconds,
-                "peak_rss_bytes": done.peak_rss,
-                "report": done.report,
-            }
-        )
+        size = {"seconds": done.seconds, "peak_rss_bytes": done.peak_rss}
+        out.data({"bundle": str(done.path), **size, "report": done.report})
         return
     out.print(verdict(done.report))
     if done.report["precision"] is not None:

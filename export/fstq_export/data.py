@@ -32,7 +32,8 @@ def read(path: Path) -> list[Example]:
     JSON lines where the first line starts with '{' or the file's name says so; else each line is a plain text.
     """
     if not path.is_file():
-        raise CalibrationDataError(f"calibration file {path} does not exist; check the path")
+        found = "is no file" if path.exists() else "does not exist"
+        raise CalibrationDataError(f"calibration file {path} {found}; check the path")
     examples: list[Example] = []
     is_json = path.suffix.lower() in JSON_SUFFIXES
     try:

@@ -53,7 +53,7 @@ class Trial:
     @property
     def span(self) -> int:
         """Tokens that a score is summed over."""
-        return int(self.probe.span.shape[2])
+        return self.probe.span_size
 
     @property
     def own(self) -> Probe | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -18,6 +20,10 @@ from fstq_infer.atomic import sha256_file
 from fstq_infer.bundle import GenerationDefaults
 from fstq_infer.errors import ExportError, UnsupportedModelError
 
+OTHERS = {
+    "manifest.json": ": it is a bundle already, for 'fstq build' and 'fstq run'",
+    "adapter_config.json": ": it is a LoRA adapter, for --adapter or --merge-adapter beside its base model",
+}
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _log = logging.getLogger(__name__)
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
@@ -112,7 +118,8 @@ def resolve(model: str, revision: str | None = None) -> Source:
     if not folder.is_dir():
         folder = _download(model, revision)
     if not (folder / "config.json").is_file():
-        raise ExportError(f"{folder} holds no config.json; expected a Hugging Face model folder or a hub id")
+        found = next((what for name, what in OTHERS.items() if (folder / name).is_file()), "")
+        raise ExportError(f"{folder} holds no config.json{found}; expected a Hugging Face model folder or a hub id")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ExportError(
@@ -138,15 +145,25 @@ def resolve(model: str, revision: str | None = None) -> Source:
 
 
 def _download(model: str, revision: str | None) -> Path:
+    if Path(model).is_file() or model.startswith((".", "~", os.sep)) or model.count("/") > 1:
+        found = "is a file" if Path(model).is_file() else "does not exist"
+        raise ExportError(f"'{model}' {found}; expected a Hugging Face model folder or a hub id")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(FILES)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ExportError(
-            f"'{model}' is neither a folder here nor a model that could be downloaded from the hub ({error})"
+            f"'{model}' is neither a folder here nor a model that could be downloaded from the hub ({_brief(error)})"
         ) from error
+
+
+def _brief(error: Exception) -> str:
+    """The first line of an error whose text has several, and what to do where there is no network."""
+    line = str(error).strip().partition("\n")[0].removeprefix("(")
+    offline = "; without a network give a folder" if isinstance(error, LocalEntryNotFoundError) else ""
+    return f"{line}{offline}"
 
 
 def tokenizer(source: Source) -> Any:

@@ -202,7 +202,7 @@ class _Checked:
             raise VerificationError(f"{self.name}: the probe gives scores that are no numbers {where}. Nothing written")
         count = int(self.keep[row, number])
         if count < 0:  # a share of the mass; where a token more or less is within rounding, theirs is as good
-            span = next(probe.span.shape[2] for probe in self.probes[number::-1] if probe is not None)
+            span = next(probe.span_size for probe in self.probes[number::-1] if probe is not None)
             shares = (-count / MILLION + delta for delta in (0, -1e-4, 1e-4))
             counts = [mass_count(scores, share, stage.sink, stage.window, span) for share in shares]
             count = len(theirs) if len(theirs) in counts else counts[0]

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-
 from fstq_infer.atomic import replace_file
 from fstq_infer.doctor import hardware, software
 from fstq_infer.doctor.environment import Environment, Machine, Recorder
@@ -18,8 +16,10 @@ from fstq_infer.doctor.environment import replay as read_recording
 from fstq_infer.doctor.facts import Facts, gather, jetpack_of
 from fstq_infer.doctor.findings import SEVERITIES, Check, Finding
 from fstq_infer.errors import OptionError
+from fstq_infer.terminal import notes, out
 
 CHECKS: tuple[Check, ...] = (
+    software.versions,
     software.device,
     software.jetpack,
     software.cuda,
@@ -36,14 +36,13 @@ CHECKS: tuple[Check, ...] = (
     hardware.measuring,
 )
 STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan", "ok": "green"}
-out = Console(highlight=False, soft_wrap=True)
 
 
 def doctor(*, json: bool, record: Path | None, replay: Path | None) -> int:
     """The command; returns its exit code. Raises OptionError for a file that cannot be read or written."""
     machine: Environment = Machine() if replay is None else read_recording(replay)
     recorder = Recorder(machine)
-    with Console(stderr=True).status("asking the machine"):
+    with notes.status("asking the machine"):
         facts = gather(recorder)
     found = examine(facts)
     if record is not None:
@@ -54,14 +53,14 @@ def doctor(*, json: bool, record: Path | None, replay: Path | None) -> int:
                 f"--record {record} cannot be written: {error}; name a file in an existing folder"
             ) from error
     if json:
-        out.print_json(data=as_json(facts, found))
+        out.data(as_json(facts, found))
     else:
         for finding in found:
             out.print(f"{finding.severity:<7}", style=STYLES[finding.severity], end=" ")
-            out.print(f"{finding.check}: {finding.found}", markup=False)
+            out.print(f"{finding.check}: {finding.found}")
             if finding.todo:
-                out.print(f"        -> {finding.todo}", markup=False, style="bold")
-        out.print(summary(found), markup=False)
+                out.print(f"        -> {finding.todo}", style="bold")
+        out.print(summary(found))
     return int(any(finding.severity == "error" for finding in found))
 
 
@@ -82,6 +81,8 @@ def as_json(facts: Facts, found: Sequence[Finding]) -> dict[str, object]:
     """For programs."""
     return {
         "system": facts.system,
+        "python": facts.python,
+        "versions": software.versions_of(facts),
         "jetson": facts.jetson,
         "profile": facts.profile.name if facts.profile else None,
         "l4t": f"{facts.l4t[0]}.{facts.l4t[1]}" if facts.l4t else None,

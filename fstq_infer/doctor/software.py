@@ -6,12 +6,25 @@ import re
 
 from fstq_infer.doctor.facts import Facts, jetpack_of
 from fstq_infer.doctor.findings import Finding
+from fstq_infer.versions import LIBRARIES
 
 OLDEST_L4T, NEWEST_L4T = 36, 39
 OLDEST_TENSORRT = (10, 3)
 CUDA_OF_JETPACK = {36: "12", 38: "13", 39: "13"}
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 INSTALL = "jetson/install.sh sets up a fitting environment (docs/jetson.md)"
+
+
+def versions(facts: Facts) -> list[Finding]:
+    """What is installed, for a bug report."""
+    found = versions_of(facts)
+    tool = f"fstq-infer {found.pop('fstq-infer', 'not installed as a package')}, Python {facts.python}"
+    return [Finding("versions", "info", "; ".join([tool, *(f"{name} {version}" for name, version in found.items())]))]
+
+
+def versions_of(facts: Facts) -> dict[str, str]:
+    """Of this toolkit and of the libraries that it may use."""
+    return {name: facts.packages[name] for name in ("fstq-infer", *LIBRARIES) if name in facts.packages}
 
 
 def device(facts: Facts) -> list[Finding]:

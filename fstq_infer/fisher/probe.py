@@ -171,12 +171,17 @@ class Probe(nn.Module):
         first = functional.gelu(self.conv1(features)) * mask
         second = (first + functional.gelu(self.conv2(first))) * mask
         scores: torch.Tensor = self.conv3(second) + self.skip(features)
-        size = self.span.shape[2]
+        size = self.span_size
         if size > 1:
             free = mask * (torch.arange(mask.shape[2]) < mask.shape[2] - self.window)
             mean = (scores * free).sum(2, keepdim=True) / free.sum(2, keepdim=True).clamp(min=1)
             scores = functional.conv1d((scores - mean) * free, self.span, padding=size // 2)
         return scores[:, 0]
+
+    @property
+    def span_size(self) -> int:
+        """Tokens that a score is summed over."""
+        return int(self.span.shape[2])
 
     def with_span(self, span: int) -> Probe:
         """The same probe with scores summed over ``span`` tokens."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -82,9 +82,8 @@ def costs_on(name: str) -> Costs:
     if not name.endswith(".toml"):
         board, _, mode = name.partition("@")
         return Board(boards.find(board).in_mode(mode) if mode else boards.find(board))
-    data = _read(Path(name))
-    found = load(data, name, LARGEST, "a device profile")
-    return Board(boards.find(name)) if found.get("format") == boards.FORMAT else Profile.from_toml(data, name)
+    found = load(_read(Path(name)), name, LARGEST, "a device profile")
+    return Board(boards.parsed(found, name)) if found.get("format") == boards.FORMAT else Profile.parsed(found, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +184,12 @@ class Profile:
     @classmethod
     def from_toml(cls, data: bytes, place: str) -> Profile:
         """Raises OptionError naming ``place`` and what is wrong, whatever the input."""
-        top = Table(load(data, place, LARGEST, "a profile as 'fstq build --profile' writes it"), place)
+        return cls.parsed(load(data, place, LARGEST, "a profile as 'fstq build --profile' writes it"), place)
+
+    @classmethod
+    def parsed(cls, data: Mapping[str, Any], place: str) -> Profile:
+        """Of a file's TOML tables; errors as :meth:`from_toml`."""
+        top = Table(data, place)
         top.format(FORMAT, VERSION)
         top.only("format", "version", "device", "bandwidth", "rate", "kernels")
         kernels: dict[Kernel, float] = {}

@@ -9,6 +9,7 @@ from typing import Any
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import OptionError, suggestion
 from fstq_infer.lazy import load
+from fstq_infer.machine import check_threads
 from fstq_infer.runtime.engine import Engine
 
 # name -> (builder of an engine directory, class that loads it, extra that installs the backend)
@@ -35,6 +36,7 @@ def build_engine(
     the backend's builder raises.
     """
     builder, _, extra = _parts(backend)
+    check_threads(threads)
     build = load(builder, f"backend {backend!r}", extra)
     given = {name: value for name, value in (options or {}).items() if value is not None}
     if given and backend == "ort":

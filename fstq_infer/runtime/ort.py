@@ -18,7 +18,7 @@ from fstq_infer.adapters.ports import LoraPorts
 from fstq_infer.adapters.store import Adapter
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, MissingExtraError, OptionError, suggestion
-from fstq_infer.machine import physical_cores
+from fstq_infer.machine import check_threads, physical_cores
 from fstq_infer.runtime.engine import Engine, Int64, Stage, Step, check_call
 from fstq_infer.runtime.ort_adapters import Bound, Matrices
 from fstq_infer.runtime.ort_caches import (
@@ -283,8 +283,7 @@ def import_onnxruntime() -> ModuleType:
 
 def session_options(threads: int | None) -> Any:
     """SessionOptions for this engine's sessions. Raises OptionError for a bad number of threads."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise OptionError(f"threads={threads!r} is not accepted; expected a whole number >= 1")
+    check_threads(threads)
     options = import_onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads or physical_cores()
     options.log_severity_level = ERRORS_ONLY

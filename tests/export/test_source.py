@@ -62,7 +62,7 @@ def test_the_hash_covers_configuration_and_weights(folder: Path) -> None:
 
 
 def test_a_missing_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ExportError, match=r"no/such/model' is neither a folder here nor a model"):
+    with pytest.raises(ExportError, match=r"no/such/model' does not exist"):
         source.resolve(str(tmp_path / "no" / "such" / "model"))  # no hub id, so the hub is not asked
 
     def offline(*_args: Any, **_options: Any) -> str:

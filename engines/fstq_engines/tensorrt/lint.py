@@ -18,6 +18,7 @@ from fstq_engines.tensorrt import build, module
 from fstq_infer.bundle import Bundle
 from fstq_infer.machine import peak_rss
 from fstq_infer.runtime.trt import PLAN
+from fstq_infer.terminal import notes, out
 
 # What a device's JetPack brings: the graph is lowered for it. Others get what TensorRT-RTX itself takes.
 JETPACK = {"orin-nano": "10.3", "orin-nx": "10.3", "agx-orin": "10.3", "thor": "10.13"}
@@ -79,13 +80,11 @@ def lint(
 
 def command(path: Path, *, target: str, version: str | None, options: Mapping[str, Any], json: bool) -> None:
     """What ``fstq lint`` prints."""
-    from fstq_infer.commands import notes, out
-
     bundle = Bundle.open(path)
     with notes.status(f"building for {target}") as status:
         report = lint(bundle, target, version, options, lambda text: status.update(text))
     if json:
-        out.print_json(data=asdict(report))
+        out.data(asdict(report))
         return
     out.print(f"{path} builds for {target}, as TensorRT {report.tensorrt} takes it ({report.row})")
     out.print(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import json as jsonlib
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from fstq_export import data
@@ -20,18 +19,18 @@ from fstq_export.demo.train import amounts
 from fstq_export.pipeline import Done, Request, export
 from fstq_export.recipe import Recipe
 from fstq_export.report import verdict
-from fstq_infer.commands import kept_text
+from fstq_infer.commands import kept
 from fstq_infer.errors import OptionError
+from fstq_infer.machine import check_threads
 from fstq_infer.runtime.generate import Generator
 from fstq_infer.runtime.result import Result
+from fstq_infer.terminal import out as told
 
 MODEL = Path(__file__).parent / "model"
 ITEMS, LENGTHS, LAYER = 520, (120, 320), 2  # questions to calibrate with, over contexts of so many tokens
 DROP = 0.05  # allowed: what 130 held-out questions can bear out
 KEEPS: tuple[float | Literal["auto"], ...] = (1.0, 0.5, 0.25)
 BUNDLE = "model.bundle"
-
-out = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +58,16 @@ def write_items(path: Path, split: str, count: int, seed: int) -> None:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str | None]]) -> None:
     """JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(jsonlib.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def demo(*, out: Path, model: str | None, calib: Path | None, questions: int, threads: int | None) -> None:
+def demo(*, out: Path, model: str | None, calib: Path | None, questions: int, threads: int | None, json: bool) -> None:
     """Run the whole main job; everything lands in ``out``."""
     if model is not None and calib is None:
         raise OptionError("--model needs --calib: a file with questions and answers that suit the model")
+    if questions < 1:
+        raise OptionError(f"--questions is {questions}; expected a whole number >= 1")
+    check_threads(threads)
     if out.exists() and not out.is_dir():
         raise OptionError(f"{out} is a file; name a folder with --out")
     given = data.read(calib) if calib is not None else []
@@ -90,6 +92,9 @@ def demo(*, out: Path, model: str | None, calib: Path | None, questions: int, th
     if generator.defaults.auto is not None:
         keeps = (*keeps, "auto")
     rows = answer(generator, asked, keeps)
+    if json:
+        told.data({"bundle": str(done.path), "questions": len(asked), "rows": [asdict(row) for row in rows]})
+        return
     show(done, generator, asked, rows)
 
 
@@ -130,9 +135,9 @@ def show(done: Done, generator: Generator, asked: Sequence[tuple[str, str]], row
     right = (qa for qa, result in zip(stated, dense, strict=True) if is_exact(result, qa[1]))
     prompt, wanted = next(right, asked[0])
     result = generator.generate(prompt, keep=shown.keep, max_tokens=room(generator, wanted), stop=["\n"])
-    out.rule(f"a question that the dense model answers, keep {shown.name}: dropped tokens are struck out")
-    out.print(kept_text(generator, result))
-    out.print(f"answer: {result.text.strip()}    expected: {wanted.strip()}")
+    told.rule(f"a question that the dense model answers, keep {shown.name}: dropped tokens are struck out")
+    told.print(kept(generator, result))
+    told.print(f"answer: {result.text.strip()}    expected: {wanted.strip()}")
     table = Table(title=f"{len(asked)} unseen questions through the engine")
     for name in ("keep", "prompt kept", "exact answers", "prefill ms", "total ms", "prefill speed-up"):
         table.add_column(name, justify="right")
@@ -145,6 +150,6 @@ def show(done: Done, generator: Generator, asked: Sequence[tuple[str, str]], row
             f"{row.total_s * 1e3:.1f}",
             f"{rows[0].prefill_s / row.prefill_s:.2f}x",
         )
-    out.print(table)
-    out.print(verdict(done.report))
-    out.print(f"evidence: {done.path / 'report.html'}")
+    told.print(table)
+    told.print(verdict(done.report))
+    told.print(f"evidence: {done.path / 'report.html'}")

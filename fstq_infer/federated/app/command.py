@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fstq_infer.errors import OptionError
@@ -20,9 +19,7 @@ from fstq_infer.federated.app.simulate import simulate
 from fstq_infer.federated.app.sinks import Figures, names_of, read_lines
 from fstq_infer.federated.app.tables import parse_change
 from fstq_infer.lazy import load as load_name
-
-out = Console(highlight=False, markup=False, soft_wrap=True)
-notes = Console(stderr=True, highlight=False)
+from fstq_infer.terminal import notes, out
 
 
 def run(path: Path, *, resume: bool, changes: Sequence[str], json: bool) -> None:
@@ -41,7 +38,7 @@ def run(path: Path, *, resume: bool, changes: Sequence[str], json: bool) -> None
         simulate(config, resume, progress)
     summary = summary_of(config, time.monotonic() - began)
     if json:
-        out.print_json(data=summary)
+        out.data(summary)
         return
     last = summary["last"]
     out.print(f"{summary['rounds']} rounds, {line_of(summary['rounds'], last)}" if last else "nothing was left to do")
@@ -76,9 +73,13 @@ def line_of(round: int, figures: Figures) -> str:
 
 def new(folder: Path, *, model: str, data: str) -> None:
     """``fstq fed new``. Relative paths are from the working directory; those in the file, from its folder."""
-    if folder.exists() and any(folder.iterdir()):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
+    except OSError as error:
+        raise OptionError(f"{folder} cannot be made: {error.strerror}. Name a new folder.") from error
+    if used:
         raise OptionError(f"{folder} is not empty. Name a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
     text = PROJECT.format(name=_name(folder), model=_from(folder, model), data=_from(folder, data))
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
     (folder / "fstq_app.py").write_text(MODULE, encoding="utf-8")

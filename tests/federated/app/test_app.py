@@ -206,3 +206,11 @@ def test_texts(site: Path) -> None:
     assert texts.examples([("", "", "")]) == []
     with pytest.raises(OptionError, match="tokenizer"):
         Texts.of(str(site / "rows.jsonl"), 6)
+
+
+def test_new_where_no_folder_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for place, words in (("file", "cannot be made"), (".", "not empty")):
+        with pytest.raises(SystemExit) as failed:
+            main(["fed", "new", str(tmp_path / place)])
+        assert failed.value.code == 1 and words in capsys.readouterr().err
