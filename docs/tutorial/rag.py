@@ -40,10 +40,8 @@ class Retriever:
         return [self.passages[i] for i in reversed(order)]
 
     def _score(self, i: int, word: str) -> float:
-        n = self.counts[i][word]
-        return (
-            self.weight[word] * n * (self.k1 + 1) / (n + self.k1 * (1 - self.b + self.b * self.lengths[i] / self.mean))
-        )
+        n, length = self.counts[i][word], self.lengths[i] / self.mean
+        return self.weight[word] * n * (self.k1 + 1) / (n + self.k1 * (1 - self.b + self.b * length))
 
 
 def words(text: str) -> list[str]:
