@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -53,7 +54,7 @@ def slugs(text: str) -> set[str]:
     """Anchors of a page's headings, as GitHub and MyST make them."""
     found = set[str]()
     parsed = tokens(text)
-    for token, following in zip(parsed, parsed[1:], strict=False):
+    for token, following in pairwise(parsed):
         if token.type == "heading_open":
             plain = "".join(c.content for c in following.children or [] if c.type in ("text", "code_inline"))
             slug = re.sub(r"[^\w\- ]", "", plain.strip().lower()).replace(" ", "-")
