@@ -203,3 +203,18 @@ def test_wrong_python_is_found(source: str, wrong: str) -> None:
 def test_python_that_is_none() -> None:
     with pytest.raises(SyntaxError):
         wrong_in("from fstq_infer import")
+
+
+def test_figures_of_the_readme_are_those_measured() -> None:
+    measured = [
+        row for row in json.loads((ROOT / "bench/results/pruning.json").read_text())["rows"] if "kv_bytes" in row
+    ]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, key, unit in (
+        ("prefill, seconds (probe included)", "prefill_s", 1),
+        ("prompt + 64 new tokens, seconds", "total_s", 1),
+        ("key-value cache, MiB", "kv_bytes", 2**20),
+    ):
+        (line,) = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", text, re.MULTILINE)
+        shown = [float(cell) for cell in line.split("|")]
+        assert shown == pytest.approx([row[key] / unit for row in measured], abs=0.051)
