@@ -18,7 +18,7 @@ myst_enable_extensions = ["colon_fence"]
 
 # What the packages import when they are used; only signatures and docstrings are read here.
 autodoc_mock_imports = ["torch", "transformers", "peft", "safetensors", "flwr", "onnx", "onnx_ir", "onnxruntime"]
-autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": False}
+autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
 autodoc_class_signature = "separated"
 autodoc_preserve_defaults = True
