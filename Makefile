@@ -14,10 +14,14 @@ FED_STAMP := $(FED)/.installed
 TRT := .venv-tensorrt
 TRT_STAMP := $(TRT)/.installed
 
+# Reads signatures and docstrings without torch or a backend.
+DOCS := .venv-docs
+DOCS_STAMP := $(DOCS)/.installed
+
 # Tests use one thread each; a worker takes about 1.5 GiB.
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: setup demo test test-all test-federated test-tensorrt lint bench plots train-demo clean
+.PHONY: setup demo test test-all test-federated test-tensorrt lint docs bench plots train-demo clean
 
 setup: $(STAMP)
 
@@ -65,6 +69,15 @@ TRT_TESTS ?= -m "not slow"
 test-tensorrt: $(TRT_STAMP)
 	$(TRT)/bin/python -m pytest $(WORKERS) $(TRT_TESTS) tests/engines/tensorrt tests/runtime/test_trt.py
 
+$(DOCS_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --editable '.[docs]'
+	touch $(DOCS_STAMP)
+
+# Warnings, broken internal links and anchors among them, are errors. Nothing is fetched.
+docs: $(DOCS_STAMP)
+	$(DOCS)/bin/python -m sphinx -q -E -W --keep-going -n -b html docs build/docs
+
 bench: $(STAMP)
 	$(BIN)/python bench/quality.py
 	$(BIN)/python bench/pruning.py
@@ -84,4 +97,4 @@ train-demo: $(STAMP)
 	cp $(VENV)/demo-model/*.json $(VENV)/demo-model/model.safetensors export/fstq_export/demo/model
 
 clean:
-	rm -rf $(VENV) $(FED) $(TRT) demo-out dist build
+	rm -rf $(VENV) $(FED) $(TRT) $(DOCS) demo-out dist build

@@ -43,7 +43,7 @@ class Step:
     kept: for each stage, (batch, kept) columns of the call's ids that stayed, -1 for padding.
     cache: what the next call continues from.
     shortlist: where the backend picks them, ids and values (batch, n) of each row's largest logits, the largest first,
-        of equal ones that of the lower id. Values are NaN where any of all the logits is not finite.
+    of equal ones that of the lower id. Values are NaN where any of all the logits is not finite.
     """
 
     logits: Float32
