@@ -12,11 +12,10 @@ from importlib import resources
 
 from fstq_export.demo import facts
 from fstq_export.demo.facts import Item, Language, Relation, World, made_up_name
+from fstq_infer.errors import OptionError, suggestion
 
 _WORDING = json.loads((resources.files(__package__) / "domain.json").read_text("utf-8"))
 TOPICS: dict[str, tuple[str, ...]] = {topic: tuple(names) for topic, names in _WORDING["topics"].items()}
-
-
 LANGUAGES = {
     code: facts.language_of(code, {"filler": getattr(facts.LANGUAGES.get(code), "filler", None)} | wording)
     for code, wording in _WORDING["languages"].items()
@@ -37,9 +36,26 @@ class Topic(World):
 
 
 def item(rng: random.Random, split: str, topic: str, count: int, fillers: int, language: str | None = None) -> Item:
-    """One question over a context of ``count`` facts of one topic and ``fillers`` filler sentences."""
-    chosen = LANGUAGES[language or rng.choice(list(LANGUAGES))]
-    world = Topic(rng, chosen, split, topic, count)
+    """One question over a context of ``count`` facts of one topic and ``fillers`` filler sentences.
+
+    kind is the topic. Raises OptionError for an unknown topic or language.
+    """
+    if topic not in TOPICS:
+        raise OptionError(f"topic is '{topic}'; {suggestion(topic, TOPICS)}")
+    code = language or rng.choice(list(LANGUAGES))
+    if code not in LANGUAGES:
+        raise OptionError(f"language is '{code}'; {suggestion(code, LANGUAGES)}")
+    world = Topic(rng, LANGUAGES[code], split, topic, count)
     context = world.text(fillers)
-    question, answer, kind = world.questions(1, ("single",))[0]
-    return Item(context, question, answer, kind, chosen.code)
+    question, answer, _ = world.questions(1, ("single",))[0]
+    return Item(context, question, answer, topic, code)
+
+
+def items(rng: random.Random, split: str, count: int, amounts: tuple[tuple[int, int], tuple[int, int]]) -> list[Item]:
+    """``count`` questions, topics and languages in turn. amounts: least and most facts, least and most fillers."""
+    (few, many), (least, most) = amounts
+    pairs = [(topic, code) for code in LANGUAGES for topic in TOPICS]
+    return [
+        item(rng, split, topic, rng.randint(few, many), rng.randint(least, most), code)
+        for topic, code in (pairs[number % len(pairs)] for number in range(count))
+    ]
