@@ -17,7 +17,7 @@ TRT_STAMP := $(TRT)/.installed
 # Tests use one thread each; a worker takes about 1.5 GiB.
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: setup demo test test-all test-federated test-tensorrt lint bench plots train-demo clean
+.PHONY: setup demo loop test test-all test-federated test-tensorrt lint bench plots train-demo clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 
 demo: $(STAMP)
 	$(BIN)/fstq demo --out demo-out $(if $(MODEL),--model $(MODEL)) $(if $(CALIB),--calib $(CALIB))
+
+# Clients train an adapter with Flower, then engines answer with it: docs/loop.md. LOOP= takes its options.
+loop: $(STAMP) $(FED_STAMP)
+	$(BIN)/python -m fstq_export.demo.loop --out loop-out --python $(FED)/bin/python $(LOOP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -84,4 +88,4 @@ train-demo: $(STAMP)
 	cp $(VENV)/demo-model/*.json $(VENV)/demo-model/model.safetensors export/fstq_export/demo/model
 
 clean:
-	rm -rf $(VENV) $(FED) $(TRT) demo-out dist build
+	rm -rf $(VENV) $(FED) $(TRT) demo-out loop-out dist build

@@ -13,12 +13,11 @@ pytest.importorskip("peft", reason="training needs the 'federated' extra")
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from fstq_infer.federated.app.certificates import write_key
 from fstq_infer.federated.app.command import new
+from fstq_infer.federated.app.loopback import LINK, Loopback
 from fstq_infer.federated.app.sinks import read_lines
 from tests.federated.tiny import save_model, save_rows
-
-from fstq_infer.federated.app.certificates import write_key
-from fstq_infer.federated.app.loopback import LINK, Loopback
 
 NODES, ROUNDS = 3, 3
 

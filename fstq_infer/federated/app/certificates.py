@@ -1,4 +1,4 @@
-"""Certificates and node keys for processes on loopback, valid for a day. Not for devices: docs/federated.md has those."""
+"""Certificates and node keys for processes on loopback, valid for a day; docs/federated.md has those for devices."""
 
 from __future__ import annotations
 
@@ -57,4 +57,4 @@ def _certificate(name: str, key: Any, authority: Any) -> bytes:
     if not own:
         names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    return builder.sign(authority, hashes.SHA256()).public_bytes(PEM)
+    return bytes(builder.sign(authority, hashes.SHA256()).public_bytes(PEM))

@@ -1,4 +1,4 @@
-"""A federation on this machine as it runs across machines: Flower's processes, TLS and node keys, each client a node."""
+"""A federation on this machine as across machines: Flower's processes, TLS and node keys, each client a node."""
 
 from __future__ import annotations
 
