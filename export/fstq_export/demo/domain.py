@@ -1,7 +1,6 @@
 """A domain that the demo model does not know: three topics of new relations, in English and in a fifth language.
 
-A subject has several facts here, all of one topic, so that the relation asked for decides the answer and not the name
-alone. The wording is in domain.json; names and their splits are those of facts.py.
+The wording is in domain.json; facts, names and their splits are those of facts.py.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import random
 from importlib import resources
 
 from fstq_export.demo import facts
-from fstq_export.demo.facts import Item, Language, Relation, World, made_up_name
+from fstq_export.demo.facts import Item, Language, World
 from fstq_infer.errors import OptionError, suggestion
 
 _WORDING = json.loads((resources.files(__package__) / "domain.json").read_text("utf-8"))
@@ -22,17 +21,9 @@ LANGUAGES = {
 }
 
 
-class Topic(World):
-    """Facts of one topic about few subjects: each has about one fact of every relation."""
-
-    def __init__(self, rng: random.Random, language: Language, split: str, topic: str, count: int) -> None:
-        relations = [relation for relation in language.relations if relation.name in TOPICS[topic]]
-        subjects = -(-count // len(relations)) + 1
-        self._pool = [made_up_name(rng, split) for _ in range(subjects)]
-        super().__init__(rng, language, split, count, relations)
-
-    def _subject(self, relation: Relation) -> str:
-        return self.rng.choice(self._pool)
+def world(rng: random.Random, language: Language, split: str, topic: str, count: int) -> World:
+    """``count`` facts of one topic."""
+    return World(rng, language, split, count, [one for one in language.relations if one.name in TOPICS[topic]])
 
 
 def item(rng: random.Random, split: str, topic: str, count: int, fillers: int, language: str | None = None) -> Item:
@@ -45,9 +36,9 @@ def item(rng: random.Random, split: str, topic: str, count: int, fillers: int, l
     code = language or rng.choice(list(LANGUAGES))
     if code not in LANGUAGES:
         raise OptionError(f"language is '{code}'; {suggestion(code, LANGUAGES)}")
-    world = Topic(rng, LANGUAGES[code], split, topic, count)
-    context = world.text(fillers)
-    question, answer, _ = world.questions(1, ("single",))[0]
+    told = world(rng, LANGUAGES[code], split, topic, count)
+    context = told.text(fillers)
+    question, answer, _ = told.questions(1, ("single",))[0]
     return Item(context, question, answer, topic, code)
 
 
