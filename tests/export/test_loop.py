@@ -52,7 +52,7 @@ def test_figures_count_what_fp32_would_have_sent(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     save_file({"a": np.zeros((4, 5), np.float32), "b": np.zeros(5, np.float32)}, adapter / "adapter_model.safetensors")
-    row = {"seconds": 1.5, "bytes_down": 300, "held_out_loss": None}
+    row = {"seconds": 1.5, "bytes_down": 300, "loss": 0.5}
     lines = [{**row, "used": 3, "bytes_up": 40}, {**row, "used": 2, "bytes_up": 10}]
     (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = loop_fed.figures(tmp_path)

@@ -70,8 +70,8 @@ def loop(folder: Path, wanted: Loop, python: Path, command: str) -> dict[str, An
     out.rule(f"{wanted.federation.clients} clients, a topic each, train an adapter")
     federation = loop_fed.run(folder, MODEL, files, wanted.federation, python, wanted.supernodes)
     out.print(
-        f"{federation['bytes_up']:,} bytes sent in {federation['replies']} messages, {federation['times_less']:g} times "
-        f"less than the {federation['bytes_up_fp32']:,} of FedAvg in float32 over as many"
+        f"{federation['bytes_up']:,} bytes sent in {federation['replies']} messages; as many of FedAvg in float32 are "
+        f"{federation['bytes_up_fp32']:,}: {federation['times_less']:g} times more"
     )
     rows: list[dict[str, Any]] = []
     seconds = {"federation": federation["seconds"]}

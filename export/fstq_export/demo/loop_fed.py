@@ -34,10 +34,11 @@ class Federation:
         budget = "" if self.preset == "lossless" else f"bytes = {self.budget}\n"
         return (
             f"[model]\npath = {json.dumps(str(model))}\nrank = {self.rank}\n\n"
-            f'[data]\npath = {json.dumps(str(data / CLIENT))}\npartition = "own"\nholdout = 0.03\n\n'
+            f'[data]\npath = {json.dumps(str(data / CLIENT))}\npartition = "own"\nholdout = 0.0\n\n'
             f"[train]\nsteps = {self.steps}\nbatch = {self.batch}\nlearning_rate = {self.learning_rate}\n\n"
             f"[messages]\npreset = {json.dumps(self.preset)}\n{budget}\n"
             f"[server]\nrounds = {self.rounds}\n\n"
+            "[strategy]\nfraction_evaluate = 0.0\n\n"  # a start of a process for each client and round less
             f"[simulation]\nclients = {self.clients}\n\n"
             f'[output]\nfolder = "{FOLDER}"\nsave_every = 0\n\n[client]\nmemory = "{FOLDER}/clients"\n'
         )
@@ -79,7 +80,7 @@ def figures(folder: Path) -> dict[str, Any]:
         "bytes_up_fp32": replies * whole,
         "times_less": round(replies * whole / sent, 1),
         "bytes_down": sum(line["bytes_down"] for line in lines),
-        "held_out_loss": [line["held_out_loss"] for line in lines],
+        "loss": [line["loss"] for line in lines],
     }
 
 

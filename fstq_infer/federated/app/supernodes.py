@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +18,6 @@ from fstq_infer.federated.app.project import write_app
 from fstq_infer.federated.app.server import Progress
 from fstq_infer.federated.app.sinks import read_lines
 
-log = logging.getLogger(__name__)
 PAUSE, ASK_EVERY = 2.0, 10  # seconds between two looks at the rounds; looks between two questions about the run
 
 
@@ -76,7 +75,7 @@ def _follow(link: Loopback, config: Config, rounds: Path, before: int, progress:
             if process.poll() is not None:
                 raise StateError(f"{name} has ended with {process.returncode}\n{link.logs()}")
         new = adapter.exists() and adapter.stat().st_mtime_ns != old
-        if not new and looks % ASK_EVERY == 0 and "failed" in link.flwr("list", LINK, "--format", "json"):
+        if not new and looks % ASK_EVERY == 0 and _failed(link.flwr("list", LINK, "--format", "json")):
             raise StateError(f"the run has failed after {seen} rounds\n{link.logs()}")
         return new
 
@@ -84,6 +83,11 @@ def _follow(link: Loopback, config: Config, rounds: Path, before: int, progress:
         link.wait(over, (config.server.rounds - before + 1) * config.server.timeout, PAUSE)
     except TimeoutError as error:
         raise StateError(f"after {seen} rounds nothing more came\n{error}") from error
+
+
+def _failed(listed: str) -> bool:
+    """Whether a run in the list that ``flwr list`` prints has ended, and not well."""
+    return any(run["status"] in ("finished:failed", "finished:stopped") for run in json.loads(listed)["runs"])
 
 
 @contextmanager
