@@ -84,8 +84,8 @@ def test_the_whole_loop_with_tiny_settings(tmp_path: Path) -> None:
     tiny = {"rows": 24, "known": 24, "new": 24, "asked": 3, "rounds": 1, "steps": 2, "batch": 2, "budget": 4096}
     options = [part for name, value in tiny.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(
-        [sys.executable, "-m", "fstq_export.demo.loop", "--out", str(tmp_path), "--python", str(FLOWER), "--one-process",
-         "--bits", "32", *options],
+        [sys.executable, "-m", "fstq_export.demo.loop", "--out", str(tmp_path), "--python", str(FLOWER),
+         "--one-process", "--bits", "32", *options],
         env={**os.environ, "FSTQ_CACHE": str(tmp_path / "cache")}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ out = Console(highlight=False, markup=False, soft_wrap=True)
 class Loop:
     """What to run. bits: per weight of the second engine, 32 leaves it out; supernodes: processes of Flower."""
 
-    sizes: Sizes = Sizes()
-    federation: Federation = Federation()
+    sizes: Sizes = field(default_factory=Sizes)
+    federation: Federation = field(default_factory=Federation)
     bits: float = 5.0
     supernodes: bool = True
     threads: int | None = None

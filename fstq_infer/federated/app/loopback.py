@@ -48,7 +48,7 @@ class Loopback:
             f"{self.folder}/server.key", "--ssl-ca-certfile", f"{self.folder}/ca.crt", "--enable-supernode-auth",
             "--disable-runtime-dependency-installation", "--port", str(self.port),
         )  # fmt: skip
-        self.wait(self._listens, 120)
+        self.wait(self._listens, 300)
 
     def supernode(self, name: str, settings: str, register: bool = True) -> None:
         """Start a node with a key of its own, which the SuperLink is told of first."""
