@@ -1,14 +1,15 @@
-"""``fstq fed run --supernodes``: the app it writes, and a whole run through processes of Flower that leaves none behind."""
+"""``fstq fed run --supernodes``: the app it writes, and a run through processes of Flower that leaves none behind."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 pytest.importorskip("flwr", reason="a deployment needs the 'federated' extra")
 pytest.importorskip("flwr_datasets", reason="dividing rows needs the 'federated' extra")
@@ -75,10 +76,11 @@ def test_a_failed_run_is_told_from_its_status(status: str, failed: bool) -> None
 def test_a_run_through_supernodes(tmp_path: Path) -> None:
     place = federation(tmp_path)
     command = [sys.executable, "-m", "fstq_infer", "fed", "run", str(place), "--supernodes", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    scratch = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=scratch, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["rounds"] == 1 and found["last"]["used"] == CLIENTS and found["bytes_up"] > 0
     assert (Path(found["adapter"]) / "adapter_model.safetensors").exists()
-    left = subprocess.run(["pgrep", "-f", "fstq-supernodes-"], capture_output=True, text=True)
+    left = subprocess.run(["pgrep", "-f", f"{tmp_path}/fstq-supernodes-"], capture_output=True, text=True)
     assert not left.stdout
