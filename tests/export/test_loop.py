@@ -16,12 +16,18 @@ import tomllib
 pytest.importorskip("torch", reason="the loop needs the 'export' extra")
 pytest.importorskip("mobius", reason="the loop needs the 'export' extra")
 
-from fstq_export.demo import loop, loop_fed
+from fstq_export.adapters import Wanted
+from fstq_export.demo import loop, loop_data, loop_fed
+from fstq_export.demo.loop_data import Sizes
 from fstq_export.demo.loop_fed import Federation
+from fstq_export.pipeline import Request, export
 from fstq_export.plots import before_after_plot
+from fstq_export.recipe import Recipe
 from safetensors.numpy import save_file
 
 from fstq_infer.errors import OptionError, StateError
+
+from .adapters import adapter
 
 ROOT = Path(__file__).parents[2]
 FLOWER = Path(os.environ.get("FSTQ_FEDERATED_PYTHON", ROOT / ".venv-federated/bin/python"))
@@ -76,6 +82,25 @@ def test_plot_is_the_same_bytes_and_says_what_it_shows() -> None:
     text = before_after_plot(ROWS)
     assert text == before_after_plot(ROWS)
     assert all(word in text for word in ("new domain", "known languages", "before the adapter", "5 bits", ">95<"))
+
+
+@pytest.mark.slow
+def test_questions_are_asked_without_and_with_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter that garbles everything: what the model knew is lost with it, and is there without it."""
+    monkeypatch.setenv("FSTQ_CACHE", str(tmp_path / "cache"))
+    loop_data.write(tmp_path, Sizes(rows=1, known=1, new=1, asked=3))
+    garbling = adapter(loop.MODEL, tmp_path / "adapter", gain=40.0)
+    export(Request(str(loop.MODEL), tmp_path / "b", Recipe(prune_layer=2), adapters=Wanted({loop.NAME: garbling})))
+    rows = list(loop.asked(tmp_path / "b", "fp32", tmp_path, 1))
+    assert [row["keep"] for row in rows] == list(loop.KEEPS)
+    assert rows[0]["known_before"] > 0.5 and rows[0]["known_after"] == rows[0]["domain_after"] == 0
+    sent = {"bytes_up": 10, "bytes_up_fp32": 500, "times_less": 50.0, "rounds": 2}
+    settings = {"sizes": {"asked": 3}}
+    loop.show({"rows": rows, "federation": sent, "settings": settings, "seconds": {"all": 9.0}}, tmp_path)
+    said = capsys.readouterr().out
+    assert "dense" in said and "25%" in said and "50x" in said
 
 
 @pytest.mark.slow
