@@ -35,6 +35,7 @@ from fstq_infer import machine
 from fstq_infer.atomic import replace_file
 from fstq_infer.errors import FstqError, OptionError
 from fstq_infer.runtime.generate import Generator
+from fstq_infer.signals import interrupted_by_sigterm
 
 NAME, KEEPS = "domain", (1.0, 0.5, 0.25)
 DROP = 0.1  # allowed of exact answers: what the held-out quarter of the calibration questions can bear out
@@ -191,7 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
         command = shlex.join(
             ["python", "-m", "fstq_export.demo.loop", *(sys.argv[1:] if arguments is None else arguments)]
         )
-        show(loop(given["out"], wanted, given["python"], command), given["out"])
+        with interrupted_by_sigterm():
+            show(loop(given["out"], wanted, given["python"], command), given["out"])
     except FstqError as error:
         Console(stderr=True, markup=False, soft_wrap=True).print(f"error: {error}")
         sys.exit(1)

@@ -56,12 +56,25 @@ def run(out: Path, model: Path, data: Path, wanted: Federation, python: Path, su
     place = out / CONFIG
     replace_file(place, wanted.config(model.absolute(), data.absolute()).encode())
     command = [str(python), "-m", "fstq_infer", "fed", "run", str(place), *(["--supernodes"] if supernodes else [])]
-    done = subprocess.run(command, stdout=sys.stderr)
-    if done.returncode:
-        raise StateError(
-            f"the federation ended with {done.returncode}; above it says why. Run again: {' '.join(command)}"
-        )
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        end(process)
+        raise
+    if code:
+        raise StateError(f"the federation ended with {code}; above it says why. Run again: {' '.join(command)}")
     return figures(out / FOLDER)
+
+
+def end(process: subprocess.Popen[bytes], seconds: float = 60) -> None:
+    """Ask a process to end, and wait until it has ended what it started itself; kill it after ``seconds``."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def figures(folder: Path) -> dict[str, Any]:

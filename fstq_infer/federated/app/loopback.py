@@ -15,6 +15,7 @@ from typing import Any
 
 from fstq_infer.errors import StateError
 from fstq_infer.federated.app.certificates import write_certificates, write_key
+from fstq_infer.signals import undisturbed
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[3]
@@ -38,8 +39,9 @@ class Loopback:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for name in list(self.processes):
-            self.kill(name)
+        with undisturbed():
+            for name in list(self.processes):
+                self.kill(name)
 
     def superlink(self) -> None:
         """Start it, and wait until it listens."""

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from fstq_infer.federated.app.loopback import LINK, Loopback
 from fstq_infer.federated.app.project import write_app
 from fstq_infer.federated.app.server import Progress
 from fstq_infer.federated.app.sinks import read_lines
+from fstq_infer.signals import interrupted_by_sigterm
 
 PAUSE, ASK_EVERY = 2.0, 10  # seconds between two looks at the rounds; looks between two questions about the run
 
@@ -29,7 +27,7 @@ def run_on_supernodes(config: Config, resume: bool = False, progress: Progress |
     config = absolute(config, resume)
     rounds, count = Path(config.output.folder) / "rounds.jsonl", config.simulation.clients
     before = len(read_lines(rounds)) if config.server.resume else 0
-    with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="fstq-supernodes-") as scratch:
+    with interrupted_by_sigterm(), tempfile.TemporaryDirectory(prefix="fstq-supernodes-") as scratch:
         write_app(Path(scratch) / "app", "loopback", config.flat())
         with Loopback(Path(scratch)) as link:
             link.superlink()
@@ -88,17 +86,3 @@ def _follow(link: Loopback, config: Config, rounds: Path, before: int, progress:
 def _failed(listed: str) -> bool:
     """Whether a run in the list that ``flwr list`` prints has ended, and not well."""
     return any(run["status"] in ("finished:failed", "finished:stopped") for run in json.loads(listed)["runs"])
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends a ``with`` as Ctrl-C does, instead of leaving processes behind."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
