@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,23 @@ def test_what_goes_wrong_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):
         loop.main(["--out", str(tmp_path / "file")])
+
+
+def test_an_interrupted_loop_waits_for_what_it_has_started(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(
+        f"#!/bin/sh\ntrap 'sleep 1; touch {tmp_path}/ended; exit 1' TERM\ntouch {tmp_path}/begun\nsleep 60 &\nwait\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+
+    def interrupt() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        loop_fed.run(tmp_path, tmp_path, tmp_path, Federation(), tmp_path / "python", True)
+    assert (tmp_path / "ended").exists()
 
 
 def test_plot_is_the_same_bytes_and_says_what_it_shows() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,20 @@ def test_a_run_through_supernodes(tmp_path: Path) -> None:
     assert (Path(found["adapter"]) / "adapter_model.safetensors").exists()
     left = subprocess.run(["pgrep", "-f", f"{tmp_path}/fstq-supernodes-"], capture_output=True, text=True)
     assert not left.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_process(number: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fstq_infer", "fed", "run", str(federation(tmp_path)), "--supernodes"]
+    run = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)})
+    try:
+        while not list(tmp_path.glob("fstq-supernodes-*/node0.log")):
+            assert run.poll() is None
+            time.sleep(0.2)
+        run.send_signal(number)
+        assert run.wait(300) == 130
+    finally:
+        run.kill()
+    left = subprocess.run(["pgrep", "-f", f"{tmp_path}/fstq-supernodes-"], capture_output=True, text=True)
+    assert not left.stdout and not list(tmp_path.glob("fstq-supernodes-*"))
