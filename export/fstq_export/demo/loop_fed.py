@@ -24,7 +24,7 @@ class Federation:
     rounds: int = 10
     steps: int = 40
     batch: int = 12
-    learning_rate: float = 8e-3
+    learning_rate: float = 4e-3
     rank: int = 8
     preset: str = "fstq"
     budget: int = 16_384
