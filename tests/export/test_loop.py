@@ -105,22 +105,23 @@ def test_plot_is_the_same_bytes_and_says_what_it_shows() -> None:
 
 
 @pytest.mark.slow
-def test_questions_are_asked_without_and_with_the_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An adapter that garbles everything: what the model knew is lost with it, and is there without it."""
+def test_questions_are_asked_without_and_with_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FSTQ_CACHE", str(tmp_path / "cache"))
     loop_data.write(tmp_path, Sizes(rows=1, known=1, new=1, asked=3))
-    garbling = adapter(loop.MODEL, tmp_path / "adapter", gain=2.0)
-    export(Request(str(loop.MODEL), tmp_path / "b", Recipe(prune_layer=2), adapters=Wanted({loop.NAME: garbling})))
+    random = adapter(loop.MODEL, tmp_path / "adapter", gain=2.0)
+    export(Request(str(loop.MODEL), tmp_path / "b", Recipe(prune_layer=2), adapters=Wanted({loop.NAME: random})))
     rows = list(loop.asked(tmp_path / "b", "fp32", tmp_path, 1))
     assert [row["keep"] for row in rows] == list(loop.KEEPS)
-    assert rows[0]["known_before"] > 0.5 and rows[0]["known_after"] == rows[0]["domain_after"] == 0
+    assert rows[0]["known_before"] > 0.5 and rows[0]["domain_before"] == rows[0]["domain_after"] == 0
+
+
+def test_the_table_has_a_row_for_each_engine_and_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**row, "kept": row["keep"], "prefill_ms_after": 4.25} for row in ROWS]
     sent = {"bytes_up": 10, "bytes_up_fp32": 500, "times_less": 50.0, "rounds": 2}
     settings = {"sizes": {"asked": 3}}
     loop.show({"rows": rows, "federation": sent, "settings": settings, "seconds": {"all": 9.0}}, tmp_path)
     said = capsys.readouterr().out
-    assert "dense" in said and "25%" in said and "50x" in said
+    assert said.count("dense") == 2 and said.count("95%") == 4 and "4.2" in said and "50x" in said
 
 
 @pytest.mark.slow
