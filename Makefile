@@ -21,7 +21,7 @@ DOCS_STAMP := $(DOCS)/.installed
 # Tests use one thread each; a worker takes about 1.5 GiB.
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: setup demo test test-all test-federated test-tensorrt lint docs bench plots train-demo clean
+.PHONY: setup demo loop test test-all test-federated test-tensorrt lint docs bench plots train-demo clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 
 demo: $(STAMP)
 	$(BIN)/fstq demo --out demo-out $(if $(MODEL),--model $(MODEL)) $(if $(CALIB),--calib $(CALIB))
+
+# Clients train an adapter with Flower, then engines answer with it: docs/loop.md. LOOP= takes its options.
+loop: $(STAMP) $(FED_STAMP)
+	$(BIN)/python -m fstq_export.demo.loop --out loop-out --python $(FED)/bin/python $(LOOP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -97,4 +101,4 @@ train-demo: $(STAMP)
 	cp $(VENV)/demo-model/*.json $(VENV)/demo-model/model.safetensors export/fstq_export/demo/model
 
 clean:
-	rm -rf $(VENV) $(FED) $(TRT) $(DOCS) demo-out dist build
+	rm -rf $(VENV) $(FED) $(TRT) $(DOCS) demo-out loop-out dist build

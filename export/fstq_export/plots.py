@@ -234,6 +234,26 @@ def difference_plot(by_layer: Sequence[float], tolerance: float) -> str:
     return _svg(figure, "difference", "largest difference to the reference by decoder layer")
 
 
+@_styled
+def before_after_plot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """SVG of exact answers before and after an adapter: a panel for each kind of question, a pair of bars for each row.
+
+    rows: ``weights``, ``keep`` and shares named ``KIND_before`` and ``KIND_after``, KIND being domain or known.
+    """
+    figure, panels = _axes(0.9 * len(rows) + 1.2, 3.2, top=0.45, count=2)
+    names = [f"{row['weights']}\n{'dense' if row['keep'] == 1 else format(row['keep'], '.0%')}" for row in rows]
+    for axes, (kind, title) in zip(panels, (("domain", "new domain"), ("known", "known languages")), strict=True):
+        for shift, when, colour in ((-0.2, "before", MUTED), (0.2, "after", PROBE)):
+            heights = [100 * row[f"{kind}_{when}"] for row in rows]
+            places = [number + shift for number in range(len(rows))]
+            bars = axes.bar(places, heights, 0.38, color=colour, label=f"{when} the adapter")
+            axes.bar_label(bars, [f"{height:.0f}" for height in heights], fontsize=7)
+        axes.set(ylim=(0, 112), ylabel="exact answers, %", title=title)
+        axes.set_xticks(range(len(rows)), names)
+        axes.legend(loc="upper left", bbox_to_anchor=(0, 1.2), frameon=False, ncols=2)
+    return _svg(figure, "loop", "exact answers before and after the adapter")
+
+
 def _axes(width: float, height: float, right: float = 0.99, top: float = 0.1, count: int = 1) -> tuple[Any, list[Any]]:
     """A figure of ``count`` axes, two in a row, ``width`` times ``height`` inches each.
 

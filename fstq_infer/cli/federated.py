@@ -24,11 +24,18 @@ def fed_run(
     set: Annotated[
         list[str] | None, typer.Option(help="SECTION.KEY=VALUE in place of the file's; may be given several times.")
     ] = None,
+    supernodes: Annotated[
+        bool,
+        typer.Option(
+            "--supernodes",
+            help="As across machines: a SuperLink and a SuperNode for each client, with TLS, on loopback.",
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run a federation on this machine and save its adapter in PEFT's format."""
     load("fstq_infer.federated.app.command:run", "fstq fed", "federated")(
-        config, resume=resume, changes=set or [], json=json
+        config, resume=resume, changes=set or [], json=json, supernodes=supernodes
     )
 
 

@@ -13,11 +13,11 @@ pytest.importorskip("peft", reason="training needs the 'federated' extra")
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from fstq_infer.federated.app.certificates import write_key
 from fstq_infer.federated.app.command import new
+from fstq_infer.federated.app.loopback import LINK, Loopback
 from fstq_infer.federated.app.sinks import read_lines
-
-from .deployment import Deployment, write_key
-from .tiny import save_model, save_rows
+from tests.federated.tiny import save_model, save_rows
 
 NODES, ROUNDS = 3, 3
 
@@ -46,7 +46,7 @@ def write_app(folder: Path) -> Path:
 @pytest.mark.slow
 def test_a_node_is_killed_and_restarted_in_the_middle_of_a_run(tmp_path: Path) -> None:
     app = write_app(tmp_path)
-    with Deployment(tmp_path) as deployed:
+    with Loopback(tmp_path) as deployed:
         deployed.superlink()
         settings = [
             f'client-id="{node}" fstq-uplink={20_000 * (node + 1)} fstq-memory="{tmp_path}/memory{node}"'
@@ -54,7 +54,7 @@ def test_a_node_is_killed_and_restarted_in_the_middle_of_a_run(tmp_path: Path) -
         ]
         for node in range(NODES):
             deployed.supernode(f"node{node}", settings[node])
-        deployed.flwr("run", str(app), "test")
+        deployed.flwr("run", str(app), LINK)
         deployed.wait(lambda: "Receiving: train message" in deployed.log("node2"), 180)
         deployed.kill("node2")
 
@@ -78,7 +78,7 @@ def test_a_node_is_killed_and_restarted_in_the_middle_of_a_run(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_node_without_a_registered_key_is_turned_away(tmp_path: Path) -> None:
-    with Deployment(tmp_path) as deployed:
+    with Loopback(tmp_path) as deployed:
         deployed.superlink()
         write_key(tmp_path / "stranger")
         deployed.supernode("stranger", "partition-id=0", register=False)

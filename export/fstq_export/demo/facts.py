@@ -71,7 +71,8 @@ class Language:
     words: dict[str, Any]
 
 
-def _language(code: str, wording: dict[str, Any]) -> Language:
+def language_of(code: str, wording: dict[str, Any]) -> Language:
+    """A language from its wording, as in languages.json."""
     relations = tuple(
         Relation(name, row["values"], tuple(row["says"]), row["asks"]) for name, row in wording.pop("relations").items()
     )
@@ -79,7 +80,7 @@ def _language(code: str, wording: dict[str, Any]) -> Language:
 
 
 LANGUAGES = {
-    code: _language(code, wording)
+    code: language_of(code, wording)
     for code, wording in json.loads((resources.files(__package__) / "languages.json").read_text("utf-8")).items()
 }
 

@@ -14,15 +14,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from fstq_infer.errors import OptionError
 from fstq_infer.federated.app import privacy
 from fstq_infer.federated.app.config import Config, load
+from fstq_infer.federated.app.project import HEAD, MODULE
 from fstq_infer.federated.app.server import ADAPTER
 from fstq_infer.federated.app.simulate import simulate
 from fstq_infer.federated.app.sinks import Figures, names_of, read_lines
+from fstq_infer.federated.app.supernodes import run_on_supernodes
 from fstq_infer.federated.app.tables import parse_change
 from fstq_infer.lazy import load as load_name
 from fstq_infer.terminal import notes, out
 
 
-def run(path: Path, *, resume: bool, changes: Sequence[str], json: bool) -> None:
+def run(path: Path, *, resume: bool, changes: Sequence[str], json: bool, supernodes: bool = False) -> None:
     """``fstq fed run``."""
     config = load(path, dict(parse_change(text) for text in changes))
     privacy.check(config)
@@ -35,7 +37,7 @@ def run(path: Path, *, resume: bool, changes: Sequence[str], json: bool) -> None
         def progress(round: int, figures: Figures) -> None:
             bar.update(task, completed=round, figures=line_of(round, figures))
 
-        simulate(config, resume, progress)
+        (run_on_supernodes if supernodes else simulate)(config, resume, progress)
     summary = summary_of(config, time.monotonic() - began)
     if json:
         out.data(summary)
@@ -121,31 +123,9 @@ def _text(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"')
 
 
-MODULE = '''"""The apps that [tool.flwr.app.components] names."""
-
-from fstq_infer.federated.app.client_app import app as client
-from fstq_infer.federated.app.server_app import app as server
-
-__all__ = ["client", "server"]
-'''
-PROJECT = """\
-[project]
-name = "{name}"
-version = "1.0.0"
-description = "Federated fine-tuning of a LoRA adapter with compressed messages"
-dependencies = []
-
-[tool.hatch.build.targets.wheel]
-packages = ["."]
-
-[tool.flwr.app]
-publisher = "local"
-fab-include = ["fstq_app.py"]
-
-[tool.flwr.app.components]
-serverapp = "fstq_app:server"
-clientapp = "fstq_app:client"
-
+PROJECT = (
+    HEAD
+    + """
 # All keys: docs/federated.md. What differs from device to device is in each SuperNode's --node-config.
 [tool.flwr.app.config.model]
 path = "{model}"
@@ -176,3 +156,4 @@ clients = 4
 [tool.flwr.app.config.output]
 folder = "federation-out"
 """
+)

@@ -52,6 +52,11 @@ def check_arguments(name: str, arguments: Mapping[str, Any], where: str) -> None
             raise ConfigError(f"{where}: [strategy] {key} is {value!a}, expected {names} for {name}.")
 
 
+def accepted(name: str, key: str) -> bool:
+    """Whether a strategy has an argument of that name."""
+    return key in inspect.signature(_class(name)).parameters
+
+
 def check_mosaic(name: str, where: str) -> None:
     """Raises ConfigError for a strategy with which mosaic messages are not sound."""
     if reason := mosaic_reason(_class(name)):

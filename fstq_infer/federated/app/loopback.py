@@ -1,10 +1,8 @@
-"""A SuperLink and SuperNodes of Flower as processes on loopback, with certificates and node keys made on the spot."""
+"""A SuperLink and SuperNodes of Flower as processes on loopback, with TLS and node keys made on the spot."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
 import os
 import signal
 import socket
@@ -15,17 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from fstq_infer.errors import StateError
+from fstq_infer.federated.app.certificates import write_certificates, write_key
+from fstq_infer.signals import undisturbed
 
 BIN = Path(sys.executable).parent
-ROOT = Path(__file__).parents[2]
-PEM, PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
+ROOT = Path(__file__).parents[3]
+LINK, LOG_TAIL = "loopback", 3000
 
 
-class Deployment:
+class Loopback:
     """Processes of one folder; leaving the context ends them all, and what they have started."""
 
     def __init__(self, folder: Path) -> None:
@@ -34,16 +31,17 @@ class Deployment:
         write_certificates(folder)
         (folder / "home").mkdir()
         (folder / "home/config.toml").write_text(
-            f'[superlink]\ndefault = "test"\n[superlink.test]\naddress = "127.0.0.1:{self.port}"\n'
+            f'[superlink]\ndefault = "{LINK}"\n[superlink.{LINK}]\naddress = "127.0.0.1:{self.port}"\n'
             f'root-certificates = "{folder}/ca.crt"\n'
         )
 
-    def __enter__(self) -> Deployment:
+    def __enter__(self) -> Loopback:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for name in list(self.processes):
-            self.kill(name)
+        with undisturbed():
+            for name in list(self.processes):
+                self.kill(name)
 
     def superlink(self) -> None:
         """Start it, and wait until it listens."""
@@ -52,13 +50,13 @@ class Deployment:
             f"{self.folder}/server.key", "--ssl-ca-certfile", f"{self.folder}/ca.crt", "--enable-supernode-auth",
             "--disable-runtime-dependency-installation", "--port", str(self.port),
         )  # fmt: skip
-        self.wait(self._listens, 120)
+        self.wait(self._listens, 300)
 
     def supernode(self, name: str, settings: str, register: bool = True) -> None:
         """Start a node with a key of its own, which the SuperLink is told of first."""
         if register:
             write_key(self.folder / name)
-            self.flwr("supernode", "register", f"{self.folder}/{name}.pub", "test")
+            self.flwr("supernode", "register", f"{self.folder}/{name}.pub", LINK)
         self._start(
             name, "flower-supernode", "--root-certificates", f"{self.folder}/ca.crt", "--superlink",
             f"127.0.0.1:{self.port}", "--auth-supernode-private-key", f"{self.folder}/{name}", "--port",
@@ -74,11 +72,12 @@ class Deployment:
             self.supernode(name, settings, register=False)
 
     def flwr(self, *arguments: str) -> str:
-        """What a command of the ``flwr`` tool prints."""
+        """What a command of the ``flwr`` tool prints. Raises StateError where it fails."""
         done = subprocess.run(
-            [str(BIN / "flwr"), *arguments], env=self._environment(), capture_output=True, text=True, timeout=120
+            [str(BIN / "flwr"), *arguments], env=self._environment(), capture_output=True, text=True, timeout=300
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        if done.returncode:
+            raise StateError(f"'flwr {' '.join(arguments)}' failed: {done.stdout}{done.stderr}")
         return done.stdout
 
     def kill(self, name: str) -> None:
@@ -92,13 +91,16 @@ class Deployment:
         """What a process has printed so far."""
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
+    def logs(self) -> str:
+        """The ends of all logs."""
+        return "\n".join(f"== {path.stem}\n{self.log(path.stem)[-LOG_TAIL:]}" for path in self.folder.glob("*.log"))
+
     def wait(self, until: Callable[[], bool], seconds: float, pause: float = 0.5) -> None:
         """Raises TimeoutError with the ends of all logs."""
         deadline = time.monotonic() + seconds
         while not until():
             if time.monotonic() > deadline:
-                logs = "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.glob("*.log"))
-                raise TimeoutError(logs)
+                raise TimeoutError(self.logs())
             time.sleep(pause)
 
     def _listens(self) -> bool:
@@ -119,13 +121,14 @@ class Deployment:
             )
 
     def _environment(self) -> dict[str, str]:
+        path = os.environ.get("PYTHONPATH")
         return {
             **os.environ,
             "FLWR_HOME": f"{self.folder}/home",
             "FLWR_TELEMETRY_ENABLED": "0",
             "OMP_NUM_THREADS": "1",
             "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT),
         }
 
 
@@ -134,38 +137,3 @@ def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])
-
-
-def write_certificates(folder: Path) -> None:
-    """ca.crt, server.pem and server.key, for 127.0.0.1 and localhost."""
-    authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-    (folder / "ca.crt").write_bytes(_certificate("test CA", authority, authority))
-    (folder / "server.pem").write_bytes(_certificate("localhost", server, authority))
-    (folder / "server.key").write_bytes(server.private_bytes(PEM, serialization.PrivateFormat.PKCS8, PLAIN))
-
-
-def write_key(path: Path) -> None:
-    """An ECDSA key as ssh-keygen writes it, and PATH.pub."""
-    key, form = ec.generate_private_key(ec.SECP384R1()), serialization.Encoding.OpenSSH
-    path.write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, PLAIN))
-    path.chmod(0o600)
-    path.with_suffix(".pub").write_bytes(key.public_key().public_bytes(form, serialization.PublicFormat.OpenSSH))
-
-
-def _certificate(name: str, key: Any, authority: Any) -> bytes:
-    now, own = datetime.datetime.now(datetime.timezone.utc), key is authority
-    issuer = "test CA"
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
-        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=own, path_length=None), critical=True)
-    )
-    if not own:
-        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-    return builder.sign(authority, hashes.SHA256()).public_bytes(PEM)
