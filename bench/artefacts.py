@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pool import Absent
 from shapes import Shape
 
 from fstq_infer.quant.formats import FORMATS
@@ -31,10 +32,6 @@ BUILDERS = {
 ROWS = ("Gather", "GroupQueryAttention")  # operators that take rows of a table: of embeddings, of rotary angles
 
 
-class Missing(Exception):
-    """Something that an artefact needs is not there; the text says what, and the command that installs it."""
-
-
 @dataclass(frozen=True)
 class Maker:
     """Artefacts of one shape in ``folder``. peers: the interpreter that has the peers."""
@@ -45,7 +42,7 @@ class Maker:
     peers: str
 
     def path(self, artefact: str) -> Path:
-        """Of a whole artefact, made now if it is not there. Raises Missing, or RuntimeError with the log's end."""
+        """Of a whole artefact, made now if it is not there. Raises Absent, or RuntimeError with the log's end."""
         path = self.folder / artefact
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +106,7 @@ class Maker:
         for module, package in zip(modules[::2], modules[1::2], strict=True):
             find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
             if subprocess.run([self.peers, "-c", find]).returncode:
-                raise Missing(f"{self.peers} has no {module}: pip install {package}")
+                raise Absent(f"{self.peers} has no {module}: pip install {package}")
 
     def _run(self, command: list[str]) -> None:
         log = self.folder / "making.log"

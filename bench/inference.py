@@ -1,8 +1,8 @@
 """Our engines beside what a user would pick instead: one machine, one run, one set of weights.
 
-python bench/inference.py --peers PYTHON --work FOLDER           all shapes and prompts; hours on 2 cores, can be resumed
-python bench/inference.py --shape tiny --prompts 64 --new 8      a try
-python bench/inference.py --report                               results, table and plot from what was measured so far
+python bench/inference.py --peers PYTHON --work FOLDER          all shapes and prompts; hours on 2 cores, can be resumed
+python bench/inference.py --shape tiny --prompts 64 --new 8     a try
+python bench/inference.py --report                              results, table and plot from what was measured so far
 
 PYTHON: an interpreter with transformers, onnxruntime-genai, onnx-ir, gguf and llama-cpp-python; default: this one.
 A shape and a prompt length that were measured are not measured again (--again). docs/performance.md tells the method.
@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from artefacts import Maker, Missing, sizes
+from artefacts import Maker, sizes
 from common import RESULTS
 from inference_report import report
-from pool import Gone, Worker
+from pool import Absent, Gone, Worker
 from shapes import SHAPES, Shape
 
 from fstq_infer.atomic import replace_file
@@ -118,7 +118,9 @@ class Case:
                     wave.append(loaded)
             wave = self._rounds(wave, stream, speeds, rows)
             waves.append({"contenders": [one.contender.name for one in wave]})
-            if anchor in wave and anchor is not None:
+            if anchor not in wave:
+                anchor = None
+            if anchor:
                 waves[-1]["anchor_s"] = statistics.median(run["total_s"] for run in anchor.runs[-self.rounds :])
             for one in wave:
                 if one is not anchor:
@@ -189,9 +191,11 @@ class Case:
                 worker = Worker(python, contender.runtime, str(path), self.threads, options)
                 worker.ask(self._request("ready"))
                 worker.ask(self._request("measure"))  # a warm-up
-                seen["total_s"] = worker.ask(self._request("measure"))["total_s"] if len(contender.variants) > 1 else 0.0
-            except (Missing, Gone, RuntimeError) as error:
-                seen["skipped" if isinstance(error, Missing) else "error"] = str(error)
+                seen["total_s"] = (
+                    worker.ask(self._request("measure"))["total_s"] if len(contender.variants) > 1 else 0.0
+                )
+            except (Gone, RuntimeError) as error:
+                seen["skipped" if isinstance(error, Absent) else "error"] = str(error)
                 if worker:
                     worker.close()
                 continue
@@ -212,7 +216,6 @@ class Case:
             weights, read = 2 * weights, 2 * read  # the checkpoint is bfloat16
         middle = {key: statistics.median(run[key] for run in one.runs) for key in ("ttft_s", "decode_s", "total_s")}
         last = one.runs[-1]
-        one.worker.ask({"do": "ready", "prompt": CHECKED, "new": 1})
         return {
             "contender": one.contender.name,
             "peer": one.contender.peer,
@@ -227,19 +230,32 @@ class Case:
             "kv_bytes": last["kv_bytes"],
             "wave": wave,
             "tried": one.tried,
-            "logits": one.worker.ask({"do": "logits", "prompt": CHECKED, "new": 1})["logits"],
+            "logits": self._logits(one),
         }
+
+    def _logits(self, one: Loaded) -> list[float] | None:
+        request = {"prompt": CHECKED, "new": 1}
+        try:
+            one.worker.ask({"do": "ready", **request})
+            return list(one.worker.ask({"do": "logits", **request})["logits"])
+        except Gone:
+            return None  # what was measured stays
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
-    """``agreement``: correlation of each row's logits with those of the first float32 row there is: the same weights."""
-    floats = [row for row in rows if "logits" in row and "fp32" in row["contender"]]
+    """``agreement``: correlation of each row's logits with the first float32 row's; near 1 where weights are the same."""
+    floats = [row for row in rows if row.get("logits") and "fp32" in row["contender"]]
     for row in rows:
         found = row.get("logits")
         if found and floats:
             row["agreement"] = statistics.correlation(found, floats[0]["logits"])
     for row in rows:
         row.pop("logits", None)
+
+
+def _measured(path: Path) -> set[str]:
+    """Contenders of a measurement, skipped ones too."""
+    return {row["contender"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -267,11 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         maker = Maker(name, SHAPES[name], given.work.resolve() / name, given.peers)
         for prompt in map(int, given.prompts.split(",")):
             path = given.runs / f"{name}-{prompt}.json"
-            if path.exists() and not given.again:
+            if path.exists() and not given.again and {one.name for one in chosen} <= _measured(path):
                 print(f"{path} is there already")
                 continue
             case = Case(maker, SHAPES[name], prompt, given.new, given.threads, given.rounds, chosen)
-            replace_file(path, json.dumps(case.measure(), indent=1) + "\n")
+            replace_file(path, (json.dumps(case.measure(), indent=1) + "\n").encode())
     report(given.runs)
 
 

@@ -17,8 +17,12 @@ class Gone(Exception):
     """A worker ended, or answered with an error: the text says which."""
 
 
+class Absent(Gone):
+    """An interpreter lacks a runtime: the text has the command that installs it."""
+
+
 class Worker:
-    """One process. Raises Gone where it cannot load; ``about``: what it said when it had."""
+    """One process; ``about``: what it said when loaded. Raises Gone where it cannot, Absent without a runtime."""
 
     def __init__(self, python: str, runtime: str, path: str, threads: int, options: dict[str, Any]) -> None:
         environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
@@ -32,7 +36,7 @@ class Worker:
         self.about = self._answer()
         if "missing" in self.about:
             self.close()
-            raise Gone(f"{python} has no {self.about['missing']}: {self.about['install']}")
+            raise Absent(f"{python} has no {self.about['missing']}: {self.about['install']}")
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request. Raises Gone."""

@@ -1,6 +1,6 @@
 """A process that loads one runtime and answers requests, a line of JSON each: measure, logits, stream.
 
-python bench/worker.py RUNTIME PATH THREADS OPTIONS      started by bench/inference.py, in the interpreter that has RUNTIME
+python bench/worker.py RUNTIME PATH THREADS OPTIONS      started by bench/inference.py, in an interpreter with RUNTIME
 
 Whatever the runtime prints goes to standard error. RUNTIME "stream" loads nothing and measures memory instead.
 """
