@@ -11,9 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-import gguf
 import numpy as np
-from safetensors import safe_open
 
 PARTS = {
     "input_layernorm": "attn_norm",
@@ -40,6 +38,9 @@ def renamed(name: str) -> str:
 
 def convert(model: Path, out: Path, kind: str) -> None:
     """Write ``out``; raises ValueError for a model that is no Qwen2."""
+    import gguf
+    from safetensors import safe_open
+
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] != "qwen2":
         raise ValueError(f"{model} is of the type {config['model_type']!r}; only qwen2 can be converted")

@@ -243,7 +243,7 @@ class Case:
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
-    """``agreement``: correlation of each row's logits with the first float32 row's; near 1 where weights are the same."""
+    """``agreement``: correlation of each row's logits with the first float32 row's; 1 where weights are the same."""
     floats = [row for row in rows if row.get("logits") and "fp32" in row["contender"]]
     for row in rows:
         found = row.get("logits")
