@@ -66,6 +66,8 @@ CONTENDERS = (
     Contender("transformers bf16", "transformers", (("model", {"dtype": "bfloat16"}),)),
     Contender("onnxruntime-genai int8", "onnxruntime-genai", (("genai:int8", {}),)),
     Contender("onnxruntime-genai int4", "onnxruntime-genai", (("genai:int4-128", {}), ("genai:int4-32", {}))),
+    own("w8h4", 1.0),
+    own("w8h4", 0.25),
     own("w8", 0.5),
     own("w4", 1.0),
     own("w4", 0.25),
