@@ -37,7 +37,9 @@ def report(folder: Path, docs: Path = DOCS) -> None:
     write("inference", "python bench/inference.py --peers PYTHON", rows, targets(runs))
     page = docs / "performance.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    tables = "\n\n".join(f"### {heading(run)}\n\n{table(run)}" for run in runs)
+    parts = ["![Seconds for a whole answer](images/inference.svg)"]
+    parts += [f"### {heading(run)}\n\n{table(run)}" for run in runs]
+    tables = "\n\n".join(parts)
     page.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     (docs / "images" / "inference.svg").write_text(picture(runs), encoding="utf-8")
     print(f"written: {page} and {docs / 'images' / 'inference.svg'}")
