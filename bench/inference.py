@@ -180,37 +180,38 @@ class Case:
         return free > size * 1.6 + every + SPARE
 
     def _load(self, contender: Contender, rows: list[dict[str, Any]]) -> Loaded | None:
-        """The contender's fastest variant, warm; else a row that says why there is none."""
+        """The contender's fastest variant, warm; else a row that says why there is none. One is loaded at a time."""
         tried: list[dict[str, Any]] = []
-        best: Loaded | None = None
+        several, worker, best = len(contender.variants) > 1, None, None
         for artefact, options in contender.variants:
             seen: dict[str, Any] = {"artefact": artefact, "options": options}
             tried.append(seen)
-            worker = None
             try:
-                path = self.maker.path(artefact)
-                python = sys.executable if contender.runtime in ("fstq", "onnxruntime") else self.maker.peers
-                worker = Worker(python, contender.runtime, str(path), self.threads, options)
-                worker.ask(self._request("ready"))
-                worker.ask(self._request("measure"))  # a warm-up
-                seen["total_s"] = (
-                    worker.ask(self._request("measure"))["total_s"] if len(contender.variants) > 1 else 0.0
-                )
+                worker = self._warm(contender, artefact, options)
+                seen["total_s"] = worker.ask(self._request("measure"))["total_s"] if several else 0.0
             except (Gone, RuntimeError) as error:
                 seen["skipped" if isinstance(error, Absent) else "error"] = str(error)
-                if worker:
-                    worker.close()
                 continue
-            if best is None or seen["total_s"] < next(t["total_s"] for t in tried if t["options"] is best.options):
-                if best:
-                    best.worker.close()
-                best = Loaded(contender, worker, artefact, options, tried)
-            else:
+            if best is None or seen["total_s"] < best["total_s"]:
+                best = seen
+            if several:
                 worker.close()
-        if best is None:
+        if best is None or worker is None:
             rows.append({"contender": contender.name, "peer": contender.peer, **tried[0], "tried": tried})
             print(f"{contender.name}: {tried[0].get('skipped') or tried[0].get('error')}", flush=True)
-        return best
+            return None
+        if several:
+            worker = self._warm(contender, best["artefact"], best["options"])
+        return Loaded(contender, worker, best["artefact"], best["options"], tried)
+
+    def _warm(self, contender: Contender, artefact: str, options: dict[str, Any]) -> Worker:
+        """A worker that has given one whole answer. Raises Gone, or RuntimeError where the artefact cannot be made."""
+        path = self.maker.path(artefact)
+        python = sys.executable if contender.runtime in ("fstq", "onnxruntime") else self.maker.peers
+        worker = Worker(python, contender.runtime, str(path), self.threads, options)
+        worker.ask(self._request("ready"))
+        worker.ask(self._request("measure"))
+        return worker
 
     def _row(self, one: Loaded, wave: int) -> dict[str, Any]:
         weights, read = sizes(self.maker.path(one.artefact))
