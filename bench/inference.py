@@ -23,6 +23,7 @@ from typing import Any
 from artefacts import Maker, sizes
 from common import RESULTS
 from inference_report import report
+from lineup import CONTENDERS, Contender
 from pool import Absent, Gone, Worker
 from shapes import SHAPES, Shape
 
@@ -33,51 +34,6 @@ PARTIAL = RESULTS / "inference-runs"
 CHECKED = 24  # tokens after which logits are compared
 SPARE = 1 << 30  # bytes of memory that stay free
 PAUSE = 0.3  # seconds in which the last worker's threads fall asleep
-
-
-@dataclass(frozen=True)
-class Contender:
-    """variants: (artefact, options) of each way that a competent user would try; the fastest is measured."""
-
-    name: str
-    runtime: str
-    variants: tuple[tuple[str, dict[str, Any]], ...]
-    peer: bool = True
-
-
-def own(precision: str, keep: float) -> Contender:
-    how = "dense" if keep == 1 else f"keep {keep:.0%}".replace("%", " %")
-    return Contender(f"fstq {precision} {how}", "fstq", ((f"{precision}.bundle", {"keep": keep}),), False)
-
-
-def llama(kind: str) -> Contender:
-    ways = [(True, True, 512), (False, True, 512), (True, False, 512), (True, True, 2048)]
-    variants = [(f"{kind}.gguf", {"flash": flash, "repack": pack, "ubatch": size}) for flash, pack, size in ways]
-    return Contender(f"llama.cpp {kind}", "llama.cpp", tuple(variants))
-
-
-# The first one stays loaded, so that waves of workers can be compared; those of the targets come first.
-CONTENDERS = (
-    own("w8", 1.0),
-    own("w8", 0.25),
-    own("fp32", 1.0),
-    llama("Q8_0"),
-    llama("Q4_0"),
-    Contender("transformers bf16", "transformers", (("model", {"dtype": "bfloat16"}),)),
-    Contender("onnxruntime-genai int8", "onnxruntime-genai", (("genai:int8", {}),)),
-    Contender("onnxruntime-genai int4", "onnxruntime-genai", (("genai:int4-128", {}), ("genai:int4-32", {}))),
-    own("w8h4", 1.0),
-    own("w8h4", 0.25),
-    own("w8", 0.5),
-    own("w4", 1.0),
-    own("w4", 0.25),
-    own("fp32", 0.5),
-    own("fp32", 0.25),
-    Contender("transformers fp32", "transformers", (("model", {"dtype": "float32"}),)),
-    Contender("transformers bf16 compiled", "transformers", (("model", {"dtype": "bfloat16", "compile": True}),)),
-    Contender("onnxruntime-genai fp32", "onnxruntime-genai", (("genai:fp32", {}),)),
-    Contender("mobius on onnxruntime", "onnxruntime", (("mobius:cpu", {}), ("mobius:onnx-standard", {}))),
-)
 
 
 @dataclass
@@ -201,7 +157,11 @@ class Case:
             print(f"{contender.name}: {tried[0].get('skipped') or tried[0].get('error')}", flush=True)
             return None
         if several:
-            worker = self._warm(contender, best["artefact"], best["options"])
+            try:
+                worker = self._warm(contender, best["artefact"], best["options"])
+            except Gone as gone:
+                rows.append({"contender": contender.name, "peer": contender.peer, "error": str(gone), "tried": tried})
+                return None
         return Loaded(contender, worker, best["artefact"], best["options"], tried)
 
     def _warm(self, contender: Contender, artefact: str, options: dict[str, Any]) -> Worker:

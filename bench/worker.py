@@ -17,10 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contenders import INSTALL, RUNTIMES, Runner
+from contenders import Fstq, Ort, Runner
+from peers import GenAI, LlamaCpp, Transformers
 
 LARGE, TIMES = 1 << 26, 5  # float32 numbers of an array, 256 MiB; passes, of which the fastest counts
-CLEAR = Path("/proc/self/clear_refs")
+RUNTIMES: dict[str, type[Runner]] = {
+    "fstq": Fstq,
+    "onnxruntime": Ort,
+    "transformers": Transformers,
+    "onnxruntime-genai": GenAI,
+    "llama.cpp": LlamaCpp,
+}
+INSTALL = {
+    "torch": "torch",
+    "transformers": "'transformers>=5'",
+    "onnxruntime_genai": "onnxruntime-genai",
+    "onnxruntime": "onnxruntime",
+    "llama_cpp": "llama-cpp-python",
+    "fstq_infer": "'fstq-infer[ort]'",
+}
 
 
 def prompt(vocab: int, tokens: int) -> list[int]:

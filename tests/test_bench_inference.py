@@ -23,7 +23,7 @@ from fstq_infer.bundle import Bundle
 from fstq_infer.quant.plan import Plan
 
 BENCH = Path(__file__).parents[1] / "bench"
-MODULES = ("inference", "inference_report", "artefacts", "pool", "shapes", "worker", "contenders", "common")
+MODULES = ("inference", "inference_report", "artefacts", "pool", "shapes", "worker", "contenders", "peers", "common")
 
 
 @pytest.fixture
