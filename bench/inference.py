@@ -59,11 +59,12 @@ class Case:
     threads: int
     rounds: int
     chosen: tuple[Contender, ...]
+    numbers: int = 1 << 26  # in an array of the stream benchmark: 256 MiB
 
     def measure(self) -> dict[str, Any]:
         """Rows of all contenders, in waves of as many as memory holds; and the memory's speed."""
         began, rows, waves = time.time(), list[dict[str, Any]](), list[dict[str, Any]]()
-        stream = Worker(sys.executable, "stream", "-", self.threads, {})
+        stream = Worker(sys.executable, "stream", "-", self.threads, {"numbers": self.numbers})
         waiting, anchor = list(self.chosen), self._load(self.chosen[0], rows)
         waiting.pop(0)
         speeds: dict[str, list[float]] = {}

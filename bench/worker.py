@@ -20,7 +20,7 @@ import numpy as np
 from contenders import Fstq, Ort, Runner
 from peers import GenAI, LlamaCpp, Transformers
 
-LARGE, TIMES = 1 << 26, 5  # float32 numbers of an array, 256 MiB; passes, of which the fastest counts
+TIMES = 5  # passes over memory, of which the fastest counts
 RUNTIMES: dict[str, type[Runner]] = {
     "fstq": Fstq,
     "onnxruntime": Ort,
@@ -72,7 +72,8 @@ def memory() -> dict[str, int]:
 class Stream:
     """Bytes per second of memory, by threads over arrays far larger than the caches."""
 
-    def __init__(self, threads: int, numbers: int = LARGE) -> None:
+    def __init__(self, threads: int, numbers: int) -> None:
+        """numbers: float32 ones in each of three arrays."""
         self.parts = [[np.ones(numbers // threads, np.float32) for _ in range(3)] for _ in range(threads)]
 
     def measure(self) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def answer(loaded: Any, request: dict[str, Any]) -> dict[str, Any]:
 def load(runtime: str, path: str, threads: int, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What was loaded, and what is said of it."""
     if runtime == "stream":
-        return Stream(threads), {}
+        return Stream(threads, options["numbers"]), {}
     began = time.perf_counter()
     try:
         runner = RUNTIMES[runtime](Path(path), threads, options)

@@ -9,6 +9,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from fstq_infer.bundle import Bundle
 from fstq_infer.quant.plan import Plan
 
 BENCH = Path(__file__).parents[1] / "bench"
-MODULES = ("inference", "inference_report", "artefacts", "pool", "shapes", "worker", "contenders", "peers", "common")
+MODULES = ("inference", "inference_report", "artefacts", "pool", "shapes", "worker", "contenders", "peers", "lineup")
 
 
 @pytest.fixture
@@ -139,6 +140,28 @@ def test_a_worker_that_dies_is_told_by_its_status(bench: Any, tiny_bundle: Bundl
     worker.process.kill()
     with pytest.raises(bench("pool").Gone, match="status -9"):
         worker.ask({"do": "measure", "prompt": 8, "new": 2})
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_workers_come_in_waves_where_memory_is_short(
+    bench: Any, tiny_bundle: Bundle, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inference, lineup = bench("inference"), bench("lineup")
+    monkeypatch.setattr(inference, "available_memory", lambda: 1 << 40 if fits else 0)
+    monkeypatch.setattr(inference, "PAUSE", 0.0)
+    maker = SimpleNamespace(name="tiny", path=lambda _artefact: tiny_bundle.path, peers=sys.executable)
+    ours = (lineup.own("w8", 1.0), lineup.own("w8", 0.25), lineup.own("fp32", 1.0))
+    absent = lineup.Contender("onnxruntime-genai int8", "onnxruntime-genai", (("-", {}),))
+    found = inference.Case(maker, bench("shapes").SHAPES["tiny"], 40, 3, 1, 2, (*ours, absent), 1 << 16).measure()
+    rows = {one["contender"]: one for one in found["rows"]}
+    assert list(rows) == [ours[0].name, ours[1].name, ours[2].name, absent.name]
+    assert "pip install onnxruntime-genai" in rows[absent.name]["skipped"]
+    assert all(len(rows[one.name]["totals_s"]) == 2 and "logits" not in rows[one.name] for one in ours)
+    assert rows[ours[0].name]["agreement"] == pytest.approx(1.0)
+    assert rows[ours[1].name]["kv_bytes"] < rows[ours[0].name]["kv_bytes"]
+    waves = [wave["contenders"] for wave in found["waves"]]
+    assert waves[0][0] == ours[0].name and all("anchor_s" in wave for wave in found["waves"])
+    assert waves == [[one.name for one in ours]] if fits else waves[1] == [ours[0].name, ours[2].name]
 
 
 def row(name: str, total: float, peer: bool, **other: Any) -> dict[str, Any]:
