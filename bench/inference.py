@@ -22,7 +22,7 @@ from typing import Any
 
 from artefacts import Maker, sizes
 from common import RESULTS
-from inference_report import report
+from inference_report import DOCS, report
 from lineup import CONTENDERS, Contender
 from pool import Absent, Gone, Worker
 from shapes import SHAPES, Shape
@@ -231,7 +231,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--work", type=Path, default=Path("bench-work"), help="folder of models, 8 GB for 0.5B")
-    parser.add_argument("--runs", type=Path, default=PARTIAL, help="folder of finished measurements")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=PARTIAL,
+        help="folder of finished measurements; another one than the default is printed only",
+    )
     parser.add_argument("--only", help="contenders whose names begin so, separated by commas")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--report", action="store_true", help="measure nothing")
@@ -252,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             case = Case(maker, SHAPES[name], prompt, given.new, given.threads, given.rounds, chosen)
             replace_file(path, (json.dumps(case.measure(), indent=1) + "\n").encode())
-    report(given.runs)
+    report(given.runs, DOCS if given.runs == PARTIAL else None)
 
 
 if __name__ == "__main__":

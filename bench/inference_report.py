@@ -20,14 +20,14 @@ Run = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 
-def report(folder: Path, docs: Path = DOCS) -> None:
-    """Write all three from every measurement in ``folder``; the tiny shape is printed and not written."""
+def report(folder: Path, docs: Path | None = DOCS) -> None:
+    """Print every measurement in ``folder``, and write all three; not of the tiny shape, and not without ``docs``."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
     runs.sort(key=lambda run: (run["shape"], run["prompt"]))
     for run in runs:
         print(f"\n{heading(run)}\n\n{table(run)}")
     runs = [run for run in runs if run["shape"] != "tiny"]
-    if not runs:
+    if not runs or docs is None:
         return
     rows = [
         {"shape": run["shape"], "prompt": run["prompt"], "new": run["new"], "stream": run["stream"], **row}

@@ -221,6 +221,8 @@ def test_a_report_replaces_its_part_of_the_page(bench: Any, tmp_path: Path, monk
     page.write_text(f"before\n{module.BEGIN}\nold\n{module.END}\nafter\n")
     for case in (run("0.5B", 1024), run("tiny", 64)):
         (tmp_path / f"{case['shape']}.json").write_text(json.dumps(case))
+    module.report(tmp_path, None)
+    assert "old" in page.read_text() and not (tmp_path / "results").exists()
     for _ in range(2):
         module.report(tmp_path, tmp_path)
     text = page.read_text()
