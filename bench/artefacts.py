@@ -51,9 +51,9 @@ class Maker:
             partial.unlink(missing_ok=True)
             print(f"making {artefact} of the {self.name} shape", flush=True)
             self._made(artefact)(partial)
-            if artefact.endswith(".bundle"):
-                self._engine(partial, path.with_suffix(".engine"))
             partial.rename(path)
+        if artefact.endswith(".bundle") and not path.with_suffix(".engine").exists():
+            self._engine(path, path.with_suffix(".engine"))
         return path
 
     def _made(self, artefact: str) -> Callable[[Path], None]:
