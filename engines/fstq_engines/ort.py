@@ -171,7 +171,12 @@ class _Part:
     def outputs(self, directory: Path, name: str = MODEL) -> list[parity.Output]:
         """One session at a time: each is gone before the next is opened."""
         gc.collect()
-        return parity.run(OrtEngine(directory, self.bundle, threads=self.threads, model=name), self.made, self.adapter)
+        engine = OrtEngine(directory, self.bundle, threads=self.threads, model=name, sparing=True)
+        try:
+            return parity.run(engine, self.made, self.adapter)
+        finally:
+            del engine
+            gc.collect()  # an engine and its caches are a cycle
 
     def lower(self, out: Path, say: Progress) -> None:
         """Write the graph and its weights lowered and optimised into ``out``, and check what can be checked closely."""
