@@ -64,8 +64,8 @@ class OrtEngine:
     ) -> None:
         """threads: within one operator; default: physical cores this process may use. provider: "cpu" or "cuda".
 
-        sparing: give each intermediate back to the system at once, for a few runs of a graph that makes numbers of all
-        its codes: slower, but memory stays near the largest table instead of all of them.
+        sparing: run operators shortly before their readers, and give each intermediate back to the system at once, for a
+        few runs of a graph that makes numbers of all its codes: memory stays near the largest table, not all of them.
 
         Raises MissingExtraError without onnxruntime, OptionError for an option, EngineError for a graph that cannot
         be loaded or is not of contract 1, and for CUDA where ONNX Runtime would silently use the CPU.
@@ -311,6 +311,7 @@ def _open(ort: ModuleType, path: Path, threads: int | None, provider: str, packe
         options.add_session_config_entry("session.disable_prepacking", "1")
     if sparing:
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.graph_optimization_level = level.ORT_DISABLE_ALL if provider == "cpu" else level.ORT_ENABLE_ALL
     providers = list(dict.fromkeys([wanted, PROVIDERS["cpu"]]))
     try:  # enable_fallback would print, and go on with the CPU
