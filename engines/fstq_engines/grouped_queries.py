@@ -1,8 +1,8 @@
 """Heads that share keys and values become rows of one head where a single token is decoded.
 
-ONNX Runtime's Attention reads a key-value head once for each query head. (B, H, 1, D) queries over G key-value heads are
-(B, G, H / G, D) just as well, and then it is read once. Of longer calls heads stay as they are: their mask would have to
-be repeated. Shapes decide at run time, so one graph serves both.
+ONNX Runtime's Attention reads a key-value head once for each query head. (B, H, 1, D) queries over G key-value heads
+are (B, G, H / G, D) just as well, and then it is read once. Of longer calls heads stay as they are: their mask would
+have to be repeated. Shapes decide at run time, so one graph serves both.
 
 One layer, 14 query and 2 key heads of 64, one thread, microseconds (onnxruntime 1.32), shared core, least of several:
 
@@ -38,7 +38,7 @@ class GroupedQueries:
         heads: tuple[int, int] | None,
         attributes: dict[str, Any],
     ) -> ir.Value:
-        """(B, H, S, D). states: queries, keys and values, heads apart. heads: H and G, None where they are not known."""
+        """(B, H, S, D). states: queries, keys and values, heads apart. heads: H and G, None where not known."""
         if mask is None or heads is None or heads[0] == heads[1] or heads[0] % heads[1] or not _one_for_all(mask):
             return tape.op("Attention", [*states, mask], attributes)
         apart, together, rows = self._shapes(tape, mask, *heads)

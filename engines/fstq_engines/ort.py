@@ -169,7 +169,7 @@ class _Part:
         self.checks: dict[str, Any] = {}
 
     def outputs(self, directory: Path, name: str = MODEL, sparing: bool = True) -> list[parity.Output]:
-        """One session at a time: each is gone before the next is opened. sparing: of graphs that are not engines yet."""
+        """One session at a time: each is gone before the next is opened. sparing: of what is no engine yet."""
         gc.collect()
         engine = OrtEngine(directory, self.bundle, threads=self.threads, model=name, sparing=sparing)
         try:

@@ -105,7 +105,9 @@ class Planner:
             plan = self._plan(formats, trained)
             report = self._report(plan, codes, rounded, held) if fitting else None
             self._fitted = lambda _name: None
-        prints = {name: fingerprints(weight.matrix.astype(self.dtype, copy=False)) for name, weight in self.weights.items()}
+        prints = {
+            name: fingerprints(weight.matrix.astype(self.dtype, copy=False)) for name, weight in self.weights.items()
+        }
         return Result(plan, codes, prints, report or {"plan": _summary(plan), "measured": None})
 
     def _check_names(self, plan: Plan) -> None:

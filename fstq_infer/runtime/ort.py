@@ -64,8 +64,8 @@ class OrtEngine:
     ) -> None:
         """threads: within one operator; default: physical cores this process may use. provider: "cpu" or "cuda".
 
-        sparing: run operators shortly before their readers, and give each intermediate back to the system at once, for a
-        few runs of a graph that makes numbers of all its codes: memory stays near the largest table, not all of them.
+        sparing: run operators shortly before their readers, and give each intermediate back to the system at once, for
+        a few runs of a graph that makes numbers of all its codes: memory stays near the largest table, not all of them.
 
         Raises MissingExtraError without onnxruntime, OptionError for an option, EngineError for a graph that cannot
         be loaded or is not of contract 1, and for CUDA where ONNX Runtime would silently use the CPU.

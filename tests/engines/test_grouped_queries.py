@@ -1,4 +1,4 @@
-"""fstq_engines.grouped_queries: the same numbers as plain Attention, for one token and for many, and where it is left."""
+"""fstq_engines.grouped_queries: the same numbers as plain Attention, for one token and for many; what is left."""
 
 from __future__ import annotations
 
