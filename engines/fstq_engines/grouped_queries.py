@@ -15,6 +15,7 @@ One layer, 14 query and 2 key heads of 64, one thread, microseconds (onnxruntime
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class GroupedQueries:
     def attention(
         self,
         tape: ir.tape.Tape,
-        states: list[ir.Value],
+        states: Sequence[ir.Value | None],
         mask: ir.Value | None,
         heads: tuple[int, int] | None,
         attributes: dict[str, Any],

@@ -73,7 +73,7 @@ class Weight:
 
 def shape(module: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a module's weight."""
-    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    rows, columns = module.weight.shape  # type: ignore[misc]
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 

@@ -27,7 +27,7 @@ class _Product(torch.autograd.Function):
         return functional.linear(inputs, numbers())
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ ctx.numbers(), None
 
 
@@ -65,7 +65,7 @@ def take_over(model: nn.Module) -> None:
 
 def _streamed(module: nn.Module, stored: Any) -> StreamedLinear:
     turned = isinstance(module, Conv1D)
-    shape = tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]
+    shape = tuple(module.weight.shape)  # type: ignore[arg-type]
     outputs, inputs = shape[::-1] if turned else shape
 
     def numbers() -> torch.Tensor:
