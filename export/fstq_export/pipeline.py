@@ -155,8 +155,9 @@ class Export:
                 with self._step("calibrate"):
                     calibration, held, left_out = self._calibrate(model, tokens, examples)
             elif request.precision.wanted:
-                with self._step("give formats"), reference(model, self._stream) as frozen:
-                    self._quantize(frozen, [], [])
+                with self._step("give formats"):
+                    self._give_formats(model)
+            gc.collect()  # a model that was calibrated is a cycle
             stages = self._stages(model, calibration)
             if self.quantized:
                 (writer.path / plans.NAME).write_text(self.quantized.plan.to_toml(), encoding="utf-8")
@@ -232,6 +233,11 @@ class Export:
             quantize_in_place(frozen, found.weights)
             with rounding_inputs(weights(frozen), found.weights):
                 return calibrator.run(), held, left_out
+
+    def _give_formats(self, model: Source) -> None:
+        """Without calibration data. In a frame of its own, so that the model is gone before the graph is built."""
+        with reference(model, self._stream) as frozen:
+            self._quantize(frozen, [], [])
 
     def _quantize(self, frozen: Decoder, training: Sequence[Item], held: Sequence[Item]) -> precision.Result:
         """Give every weight a format."""
