@@ -12,40 +12,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from common import target, timed, write
 from fstq_export import decoder, timing
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from fstq_infer.bundle import Bundle
 
 PROMPT, NEW, LAYER = 1024, 64, 6
-
-
-def checkpoint(folder: Path) -> None:
-    """A random bfloat16 checkpoint of the shape, with a minimal tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        dtype=torch.bfloat16,
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
-    core = Tokenizer(models.BPE({chr(97 + i): i for i in range(26)}, []))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
+SHAPES = Path(__file__).with_name("shapes.py")
 
 
 def main() -> None:
@@ -53,7 +26,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fstq-bench-") as scratch:
         work = Path(scratch)
         # The checkpoint is made in another process, so that its memory is not counted.
-        timed([sys.executable, __file__, "--make", str(work / "model")])
+        timed([sys.executable, str(SHAPES), "0.5B", str(work / "model")])
         bundle = work / "model.bundle"
         export = [
             *fstq,
@@ -105,7 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--make"]:
-        checkpoint(Path(sys.argv[2]))
-    else:
-        main()
+    main()

@@ -168,10 +168,15 @@ class _Part:
         self.written: list[parity.Output] = []
         self.checks: dict[str, Any] = {}
 
-    def outputs(self, directory: Path, name: str = MODEL) -> list[parity.Output]:
-        """One session at a time: each is gone before the next is opened."""
+    def outputs(self, directory: Path, name: str = MODEL, sparing: bool = True) -> list[parity.Output]:
+        """One session at a time: each is gone before the next is opened. sparing: of what is no engine yet."""
         gc.collect()
-        return parity.run(OrtEngine(directory, self.bundle, threads=self.threads, model=name), self.made, self.adapter)
+        engine = OrtEngine(directory, self.bundle, threads=self.threads, model=name, sparing=sparing)
+        try:
+            return parity.run(engine, self.made, self.adapter)
+        finally:
+            del engine
+            gc.collect()  # an engine and its caches are a cycle
 
     def lower(self, out: Path, say: Progress) -> None:
         """Write the graph and its weights lowered and optimised into ``out``, and check what can be checked closely."""
@@ -195,7 +200,7 @@ class _Part:
 
     def compared(self, out: Path) -> dict[str, Any]:
         """For the sidecar. Raises ParityError where the graph computes something else than the bundle's."""
-        found = self.outputs(out, self.name)
+        found = self.outputs(out, self.name, sparing=False)
         result = (
             parity.compare_rounded(self.made, self.expected, self.written, found, self._dtype)
             if self.lowering.rounding

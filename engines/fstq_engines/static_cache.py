@@ -2,7 +2,8 @@
 
 Concatenation of past and new becomes TensorScatter (opset 24) into a buffer that is graph input and output at once; a
 new input ``past_lengths`` (groups,) says where each group's free columns begin. Masks need no change: they come from
-positions, and those of free columns are -1.
+positions, and those of free columns are -1. Heads are apart then, and can be grouped: see
+:mod:`fstq_engines.grouped_queries`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PreconditionError
 
 from fstq_engines.graph import initializer
+from fstq_engines.grouped_queries import GroupedQueries
 from fstq_infer.runtime.ort_caches import LENGTHS
 
 OPSET = 24
@@ -69,8 +71,9 @@ class StaticCache(InPlacePass):
         outputs = {value.name: value for value in graph.outputs}
         for group in range(groups):
             self._positions(graph, group, at[group], outputs[f"present_positions.{group}"])
+        grouped = GroupedQueries(graph)
         for node in [node for node in graph if node.op_type == "Attention" and _cached(node) is not None]:
-            self._attention(graph, node, at)
+            self._attention(graph, node, at, grouped)
         return PassResult(model, True)
 
     def _positions(self, graph: ir.Graph, group: int, at: ir.Value, present: ir.Value) -> None:
@@ -84,7 +87,7 @@ class StaticCache(InPlacePass):
         for value in (past, made):
             value.shape = ir.Shape(["batch", f"room_{group}"])
 
-    def _attention(self, graph: ir.Graph, node: ir.Node, at: Sequence[ir.Value]) -> None:
+    def _attention(self, graph: ir.Graph, node: ir.Node, at: Sequence[ir.Value], grouped: GroupedQueries) -> None:
         query, key, value, mask, past_key, past_value = node.inputs[:6]
         match = _cached(node)
         if match is None or past_key is None or past_value is None:
@@ -100,7 +103,9 @@ class StaticCache(InPlacePass):
             tape.op("TensorScatter", [past, state, at[group]], {"axis": 2})
             for past, state in zip((past_key, past_value), states[1:], strict=True)
         ]
-        out = tape.op("Attention", [states[0], *made, mask], {name: a.value for name, a in attributes.items()})
+        known = (heads[0], heads[-1]) if heads else None
+        given = {name: attribute.value for name, attribute in attributes.items()}
+        out = grouped.attention(tape, [states[0], *made], mask, known, given)
         if heads:
             out = tape.op("Reshape", [tape.op("Transpose", [out], {"perm": [0, 2, 1, 3]}), _constant(graph, 0, 0, -1)])
         shape = past_key.shape

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from fstq_export.sensitivity import Weight, batch_tokens, predictions, shortened, weights
+from fstq_export.streamed import StreamedLinear
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item, batches
 from fstq_infer.quant.codes import INPUT_LEVELS, TINY, Quantized
@@ -70,14 +71,11 @@ class Meter:
 @contextmanager
 def quantized(known: Mapping[str, Weight], codes: Mapping[str, Quantized]) -> Iterator[None]:
     """The model as an engine for the CPU computes it: dequantized weights, and inputs of integer layers rounded."""
-    before = {name: known[name].matrix.copy() for name in codes}
-    with rounding_inputs(known, codes):
-        try:
-            _write(known, codes)
-            yield
-        finally:
-            for name, original in before.items():
-                known[name].matrix[...] = original
+    with rounding_inputs(known, codes), ExitStack() as stack:
+        for name, found in codes.items():
+            stack.callback(_restored(known[name]))
+            _write(known[name], found)
+        yield
 
 
 @contextmanager
@@ -112,9 +110,29 @@ def rounded(inputs: torch.Tensor, form: Format) -> torch.Tensor:
 
 def quantize_in_place(decoder: Decoder, codes: Mapping[str, Quantized]) -> None:
     """Give a model dequantized weights for good: the reference that a quantized graph is checked against."""
-    _write(weights(decoder), codes)
-
-
-def _write(known: Mapping[str, Weight], codes: Mapping[str, Quantized]) -> None:
+    known = weights(decoder)
     for name, found in codes.items():
-        known[name].matrix[...] = found.dequantize()
+        _write(known[name], found)
+
+
+def _write(weight: Weight, found: Quantized) -> None:
+    """A resident weight becomes the codes' numbers; a streamed one is made of the codes at each use."""
+    if not any(isinstance(site.module, StreamedLinear) for site in weight.sites):
+        weight.matrix[...] = found.dequantize()
+    for site in weight.sites:
+        if isinstance(site.module, StreamedLinear):
+            site.module.numbers = lambda: torch.from_numpy(found.dequantize())
+
+
+def _restored(weight: Weight) -> Callable[[], None]:
+    """What brings a weight back as it is now."""
+    streamed = [(s.module, s.module.numbers) for s in weight.sites if isinstance(s.module, StreamedLinear)]
+    before = None if streamed else weight.matrix.copy()
+
+    def restore() -> None:
+        if before is not None:
+            weight.matrix[...] = before
+        for module, numbers in streamed:
+            module.numbers = numbers
+
+    return restore

@@ -128,6 +128,11 @@ class Export:
         self.progress(name, 1, 1)
         self.steps[name] = round(time.monotonic() - started, 2)
 
+    @property
+    def _stream(self) -> bool | None:
+        """Training codes, and adding adapters, change weights that are in memory."""
+        return False if self.request.precision.tune or self.request.adapters.given else None
+
     def run(self) -> Done:
         """Export; the bundle appears whole at ``request.out`` or not at all."""
         began = time.monotonic()
@@ -150,8 +155,9 @@ class Export:
                 with self._step("calibrate"):
                     calibration, held, left_out = self._calibrate(model, tokens, examples)
             elif request.precision.wanted:
-                with self._step("give formats"), reference(model, stream=False) as frozen:
-                    self._quantize(frozen, [], [])
+                with self._step("give formats"):
+                    self._give_formats(model)
+            gc.collect()  # a model that was calibrated is a cycle
             stages = self._stages(model, calibration)
             if self.quantized:
                 (writer.path / plans.NAME).write_text(self.quantized.plan.to_toml(), encoding="utf-8")
@@ -199,7 +205,7 @@ class Export:
         request = self.request
         limit = int(model.config.max_position_embeddings)
         longest = min(request.max_prompt or limit, limit)
-        with reference(model, stream=False) as frozen:
+        with reference(model, self._stream) as frozen:
             items = [data.encode(tokens, example) for example in examples]
             fitting = [
                 i
@@ -227,6 +233,11 @@ class Export:
             quantize_in_place(frozen, found.weights)
             with rounding_inputs(weights(frozen), found.weights):
                 return calibrator.run(), held, left_out
+
+    def _give_formats(self, model: Source) -> None:
+        """Without calibration data. In a frame of its own, so that the model is gone before the graph is built."""
+        with reference(model, self._stream) as frozen:
+            self._quantize(frozen, [], [])
 
     def _quantize(self, frozen: Decoder, training: Sequence[Item], held: Sequence[Item]) -> precision.Result:
         """Give every weight a format."""
@@ -341,7 +352,7 @@ class Export:
         more, again = adapters.empty(self.ports, dtype), self.rechecked.get(name or "")
         if again is not None and again.probes is not None:
             probes = list(again.probes)
-        with reference(model, stream=False if self.quantized or adapter else None) as frozen:
+        with reference(model, stream=False if adapter else None) as frozen:
             if self.quantized:
                 quantize_in_place(frozen, self.quantized.weights)
             if adapter is not None and self.ports is not None:

@@ -58,7 +58,7 @@ class Planner:
         self.decoder, self.wanted, self.seed, self.progress = decoder, wanted, seed, progress
         self.dtype = np.dtype(dtype)
         self.weights = weights(decoder)
-        self.parameters = sum(weight.matrix.size for weight in self.weights.values())
+        self.parameters = sum(weight.size for weight in self.weights.values())
         timed = (DYNAMIC,) if wanted.latency is not None else ()
         known = tuple(FORMATS) if wanted.profile is None else wanted.profile.formats
         self.formats = [
@@ -105,7 +105,9 @@ class Planner:
             plan = self._plan(formats, trained)
             report = self._report(plan, codes, rounded, held) if fitting else None
             self._fitted = lambda _name: None
-        prints = {name: fingerprints(weight.matrix.astype(self.dtype)) for name, weight in self.weights.items()}
+        prints = {
+            name: fingerprints(weight.matrix.astype(self.dtype, copy=False)) for name, weight in self.weights.items()
+        }
         return Result(plan, codes, prints, report or {"plan": _summary(plan), "measured": None})
 
     def _check_names(self, plan: Plan) -> None:
@@ -210,7 +212,7 @@ class Planner:
         model: Any = self.decoder.model
         head = model.get_output_embeddings()
         total = 0.0
-        outputs, inputs = self.weights[name].matrix.shape
+        outputs, inputs = self.weights[name].shape
         for site in self.weights[name].sites:
             if not site.lookup:
                 count = 1 if site.module is head else tokens
@@ -238,7 +240,7 @@ class Planner:
         }
 
     def _bytes(self, names: Sequence[str], form: str) -> int:
-        return sum(FORMATS[form].bytes(*self.weights[name].matrix.shape) for name in names)
+        return sum(FORMATS[form].bytes(*self.weights[name].shape) for name in names)
 
     def _plan(self, formats: Mapping[str, str], trained: Tuned | None) -> Plan:
         budget = self.wanted.format or f"as in {Path(self.wanted.place).name}"
@@ -251,7 +253,7 @@ class Planner:
         for group, names in self.groups.items():
             form = formats[group]
             damage = sum(self._damage.get((name, form), 0.0) for name in names)
-            size = sum(self.weights[name].matrix.size for name in names)
+            size = sum(self.weights[name].size for name in names)
             groups[group] = Group(names, form, damage, self._bytes(names, form), size)
         steps, after = (trained.steps, trained.after) if trained else (None, None)
         latency, of = self._latency(formats)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from fstq_export.source import Source
+from fstq_export.streamed import can_stream, take_over
 from fstq_infer.errors import ExportError, UnsupportedModelError
 from fstq_infer.fisher.hooks import Decoder
 
@@ -82,11 +83,13 @@ def _device_map(config: Any) -> dict[str, str]:
 def reference(source: Source, stream: bool | None = None) -> Iterator[Decoder]:
     """The float32 model with eager attention and frozen weights. Raises ExportError where they cannot be read.
 
-    stream: keep the decoder layers on disk and load each as it runs, so that memory stays near one layer; default: when
-    the weights exceed 256 MiB. A streamed model serves forward passes only.
+    stream: keep the decoder layers in the checkpoint and read each weight as it is used, forward and backward, so that
+    memory stays near one layer; default: when the weights exceed 256 MiB. Not of models with linear layers of their own
+    making, which stay resident.
     """
     if stream is None:
         stream = parameter_count(source.config) * 4 > STREAM_ABOVE
+    stream = stream and can_stream(skeleton(source.config))
     with tempfile.TemporaryDirectory(prefix="fstq-offload-") as offload, quiet():
         options: dict[str, Any] = {
             "dtype": torch.float32,
@@ -109,4 +112,6 @@ def reference(source: Source, stream: bool | None = None) -> Iterator[Decoder]:
                 f"{source.name}: the checkpoint lacks {len(missing)} weights of {source.architecture}, such as "
                 f"{missing[0]}; Transformers would fill them with random numbers. Save the whole model first"
             )
+        if stream:
+            take_over(model)
         yield Decoder.of(model.eval().requires_grad_(False))

@@ -147,7 +147,9 @@ def _session(folder: Path, model: ir.Model, segment: Segment) -> ort.InferenceSe
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # see runtime/ort.py
+    # Codes become numbers once for all calls, and no fused kernel stands in for the operators that were written.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.enable_cpu_mem_arena = False  # a table's numbers go back to the system when they are not needed any more
     # The piece is written beside the weights, because external data is looked up next to the graph that names it.
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".segment-", suffix=".onnx") as file:
         ir.save(ir.Model(piece, ir_version=model.ir_version), file.name)

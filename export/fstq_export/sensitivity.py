@@ -8,6 +8,7 @@ that is W + E instead of W then adds about ``1/2 sum_t sum_o (g_to)^2 (E x_t)_o^
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from fstq_export.streamed import StreamedLinear
 from fstq_infer.errors import UnsupportedModelError
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Batch, Item, batches
@@ -55,12 +57,31 @@ class Weight:
 
     @property
     def matrix(self) -> Matrix:
-        """(outputs, inputs); a view."""
+        """(outputs, inputs); a view, but of a streamed layer read anew."""
         return matrix(self.sites[0].module)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        return shape(self.sites[0].module)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+def shape(module: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a module's weight."""
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def matrix(module: nn.Module) -> Matrix:
-    """A module's weight as (outputs, inputs); a view."""
+    """A module's weight as (outputs, inputs); a view, but of a streamed layer read anew."""
+    if isinstance(module, StreamedLinear):
+        numbers: Matrix = module.numbers().numpy()
+        return numbers
     found = module.weight
     weight: Matrix = found.detach().numpy()  # type: ignore[operator]
     return weight.T if isinstance(module, Conv1D) else weight
@@ -122,15 +143,15 @@ class Collector:
         }
 
     def _open(self, tokens: int) -> None:
-        widths = {site.name: matrix(site.module).shape for site in self._sites}
+        widths = {site.name: shape(site.module) for site in self._sites}
         count = min(MOST, max(FEWEST, SAMPLED // sum(map(sum, widths.values()))), tokens)
         for number, site in enumerate(self._sites):
             outputs, inputs = widths[site.name]
             outputs, inputs = (inputs, 0) if site.lookup else (outputs, inputs)
             size = max(1, min(count, LARGEST // (outputs + inputs)))
-            shape = (size,) if site.lookup else (size, inputs)
+            read = (size,) if site.lookup else (size, inputs)
             self._files[site.name] = (
-                _file(self.folder / f"{number}.inputs", np.int64 if site.lookup else np.float32, shape),
+                _file(self.folder / f"{number}.inputs", np.int64 if site.lookup else np.float32, read),
                 _file(self.folder / f"{number}.gradients", np.float32, (size, outputs)),
             )
             self._filled[site.name] = 0
@@ -245,7 +266,7 @@ class Damage:
         """
         if self._fit is not None:
             return self._fit
-        outputs, columns = self.weight.matrix.shape
+        outputs, columns = self.weight.shape
         fisher: Matrix = np.zeros((outputs, columns), np.float32)
         moments: NDArray[np.float64] | None = None
         looked_up = np.zeros(columns)

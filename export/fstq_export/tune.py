@@ -121,7 +121,7 @@ def _drawn(texts: Sequence[Item], count: int, steps: int, seed: int) -> Iterator
 def _require_memory(
     decoder: Decoder, known: Mapping[str, Weight], codes: Mapping[str, Quantized], texts: int, longest: int
 ) -> None:
-    weights = sum(known[name].matrix.size for name, found in codes.items() if found.format.is_integer)
+    weights = sum(known[name].size for name, found in codes.items() if found.format.is_integer)
     config: Any = decoder.model.config
     text = config.get_text_config(decoder=True)
     # What a layer keeps for the backward pass: about twenty times its input, and attention weights three times.

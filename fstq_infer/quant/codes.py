@@ -7,6 +7,7 @@ surgeon; the column order of GPTQ, arXiv 2210.17323).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from fstq_infer.quant.formats import Format
 Matrix = NDArray[np.float32]
 Codes = NDArray[np.int8]
 RATIOS = np.linspace(1.15, 0.55, 19, dtype=np.float32)  # of the scale that just reaches the largest weight of a block
-ROWS_AT_ONCE = 1 << 22  # weights whose scales are searched at a time
+WEIGHTS_AT_ONCE = 1 << 22  # that are rounded, or become numbers again, at a time
 LAZY = 64  # columns between two updates of all later ones
 DAMPING = 0.01  # of the mean second moment, added to each
 SMALLEST = np.float16(2.0**-24)
@@ -42,9 +43,11 @@ class Quantized:
             if self.format.name == "bf16":
                 return (self.codes.astype(np.uint32) << 16).view(np.float32)
             return self.codes.astype(np.float32)
-        return np.asarray(
-            self.codes.astype(np.float32) * _spread(self.scales, self.format, self.codes.shape[1]), np.float32
-        )
+        columns = self.codes.shape[1]
+        numbers = np.empty(self.codes.shape, np.float32)
+        for part in _parts(*self.codes.shape):
+            np.multiply(self.codes[part], _spread(self.scales[part], self.format, columns), out=numbers[part])
+        return numbers
 
     def rows(self, indices: NDArray[np.int64]) -> Quantized:
         """The matrix of some of its rows, in that order."""
@@ -96,15 +99,13 @@ def search_scales(weight: Matrix, form: Format, importance: Matrix | None = None
 
     Without importance all weights count alike.
     """
-    rows, columns = weight.shape
     found = []
-    step = max(1, ROWS_AT_ONCE // columns)
-    for start in range(0, rows, step):
-        part = weight[start : start + step]
+    for rows in _parts(*weight.shape):
+        part = weight[rows]
         if importance is None or importance.ndim == 1:
             cost = np.broadcast_to(np.float32(1.0) if importance is None else importance, part.shape)
         else:
-            cost = importance[start : start + step]
+            cost = importance[rows]
         found.append(_search(_in_blocks(part, form), _in_blocks(np.asarray(cost, np.float32), form), form))
     return np.concatenate(found)
 
@@ -135,8 +136,16 @@ def _half(scales: Matrix) -> NDArray[np.float16]:
 def round_to(weight: Matrix, scales: NDArray[np.float16], form: Format) -> Codes:
     """(rows, columns) nearest codes."""
     low, high = form.levels
-    codes: Codes = np.clip(np.rint(weight / _spread(scales, form, weight.shape[1])), low, high).astype(np.int8)
+    codes: Codes = np.empty(weight.shape, np.int8)
+    for part in _parts(*weight.shape):
+        codes[part] = np.clip(np.rint(weight[part] / _spread(scales[part], form, weight.shape[1])), low, high)
     return codes
+
+
+def _parts(rows: int, columns: int) -> Iterator[slice]:
+    """Rows that are looked at together, so that what is computed of them stays small."""
+    step = max(1, WEIGHTS_AT_ONCE // max(1, columns))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def rounded_inputs(inputs: Matrix, form: Format) -> Matrix:

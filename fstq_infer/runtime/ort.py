@@ -60,8 +60,12 @@ class OrtEngine:
         threads: int | None = None,
         provider: str = "cpu",
         model: str = MODEL,
+        sparing: bool = False,
     ) -> None:
         """threads: within one operator; default: physical cores this process may use. provider: "cpu" or "cuda".
+
+        sparing: run operators shortly before their readers, and give each intermediate back to the system at once, for
+        a few runs of a graph that makes numbers of all its codes: memory stays near the largest table, not all of them.
 
         Raises MissingExtraError without onnxruntime, OptionError for an option, EngineError for a graph that cannot
         be loaded or is not of contract 1, and for CUDA where ONNX Runtime would silently use the CPU.
@@ -73,7 +77,7 @@ class OrtEngine:
         path = Path(directory, model)
         # Beside weights in few bits, which are small, kernels without rearranged weights are slow.
         packed = model != ADAPTED or "plan.toml" in bundle.manifest.files
-        session = _open(self._ort, path, threads, provider, packed)
+        session = _open(self._ort, path, threads, provider, packed, sparing)
         if any(port.name == LENGTHS for port in session.get_inputs()) and provider != "cpu":
             raise EngineError(f"{path} was built for the CPU; on {provider} the bundle's own graph runs: open that.")
         given = {port.name for port in session.get_inputs()}
@@ -292,7 +296,7 @@ def session_options(threads: int | None) -> Any:
     return options
 
 
-def _open(ort: ModuleType, path: Path, threads: int | None, provider: str, packed: bool) -> Any:
+def _open(ort: ModuleType, path: Path, threads: int | None, provider: str, packed: bool, sparing: bool) -> Any:
     """packed: let kernels rearrange weights, which copies them; otherwise they are read from the mapped file."""
     if provider not in PROVIDERS:
         raise OptionError(f"there is no provider {provider!r} for ONNX Runtime; {suggestion(provider, PROVIDERS)}")
@@ -304,6 +308,9 @@ def _open(ort: ModuleType, path: Path, threads: int | None, provider: str, packe
         )
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if sparing:
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.graph_optimization_level = level.ORT_DISABLE_ALL if provider == "cpu" else level.ORT_ENABLE_ALL
     providers = list(dict.fromkeys([wanted, PROVIDERS["cpu"]]))
     try:  # enable_fallback would print, and go on with the CPU

@@ -111,7 +111,8 @@ class QuantizeWeights(InPlacePass):
             out = typed(emit.weight(f"{name}.{form.name}", np.ascontiguousarray(codes)), kind)
         else:
             kind = np.dtype(ml_dtypes.int4 if form.bits == 4 else np.int8)
-            codes = emit.weight(f"{name}.codes", found.codes.astype(kind))
+            # Four-bit numbers lie in bytes here too: a view, since a copy of all codes is as large as the codes.
+            codes = emit.weight(f"{name}.codes", np.ascontiguousarray(found.codes).view(kind))
             stored = found.scales if form.block else found.scales[:, 0]
             scales = typed(emit.weight(f"{name}.scales", np.ascontiguousarray(stored)), np.dtype(np.float16))
             layout = {"axis": 1, "block_size": form.block} if form.block else {"axis": 0}

@@ -1,0 +1,74 @@
+"""Heads that share keys and values become rows of one head where a single token is decoded.
+
+ONNX Runtime's Attention reads a key-value head once for each query head. (B, H, 1, D) queries over G key-value heads
+are (B, G, H / G, D) just as well, and then it is read once. Of longer calls heads stay as they are: their mask would
+have to be repeated. Shapes decide at run time, so one graph serves both.
+
+One layer, 14 query and 2 key heads of 64, one thread, microseconds (onnxruntime 1.32), shared core, least of several:
+
+| cached | Attention | queries grouped |
+|---|---|---|
+| 320 | 58 | 33 |
+| 1,088 | 170 | 93 |
+| 4,200 | 700 | 337 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from fstq_engines.graph import initializer
+
+
+class GroupedQueries:
+    """Makes Attention nodes of one graph; what nodes with the same mask need is computed once."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._shared: dict[tuple[ir.Value, int, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
+
+    def attention(
+        self,
+        tape: ir.tape.Tape,
+        states: Sequence[ir.Value | None],
+        mask: ir.Value | None,
+        heads: tuple[int, int] | None,
+        attributes: dict[str, Any],
+    ) -> ir.Value:
+        """(B, H, S, D). states: queries, keys and values, heads apart. heads: H and G, None where not known."""
+        if mask is None or heads is None or heads[0] == heads[1] or heads[0] % heads[1] or not _one_for_all(mask):
+            return tape.op("Attention", [*states, mask], attributes)
+        apart, together, rows = self._shapes(tape, mask, *heads)
+        query = tape.op("Reshape", [states[0], together])
+        return tape.op("Reshape", [tape.op("Attention", [query, *states[1:], rows], attributes), apart])
+
+    def _shapes(self, tape: ir.tape.Tape, mask: ir.Value, heads: int, groups: int) -> tuple[ir.Value, ...]:
+        """(shape of the queries as they were, shape of grouped ones, mask of grouped ones)."""
+        key = mask, heads, groups
+        if key not in self._shared:
+            alone = tape.op("Equal", [tape.op("Shape", [mask], {"start": 2, "end": 3}), self._ints(1)])
+
+            def where(then: tuple[int, ...], otherwise: tuple[int, ...]) -> ir.Value:
+                return tape.op("Where", [alone, self._ints(*then), self._ints(*otherwise)])
+
+            apart = where((0, heads, 1, -1), (0, 0, 0, -1))
+            together = where((0, groups, heads // groups, -1), (0, 0, 0, -1))
+            repeats = where((1, 1, heads // groups, 1), (1, 1, 1, 1))
+            self._shared[key] = apart, together, tape.op("Expand", [mask, repeats])
+        return self._shared[key]
+
+    def _ints(self, *numbers: int) -> ir.Value:
+        return initializer(self.graph, f"fstq/grouped/{numbers}", np.array(numbers, np.int64))
+
+
+def _one_for_all(mask: ir.Value) -> bool:
+    """Whether (B, 1, S, T) is known to be one mask for all heads: it was made of one without a place for heads."""
+    made = mask.producer()
+    if made is None or made.op_type != "Unsqueeze" or made.inputs[1] is None:
+        return False
+    axes = made.inputs[1].const_value
+    return axes is not None and axes.numpy().tolist() == [1]
