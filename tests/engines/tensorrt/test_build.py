@@ -125,14 +125,16 @@ def test_profiles_cover_prefill_and_decoding(tiny_bundle: Bundle) -> None:
 
 
 def test_adapters_have_a_range_of_ranks_and_other_dimensions_are_refused() -> None:
-    profile = {"batch": (1, 1, 4)}
-    a = ir.Value(name="lora.0.a", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([32, "rank"]))
-    assert settings.shapes(a, profile, 64) == ([32, 0], [32, 16], [32, 64])
+    asked = settings.Settings(1000, 400, 2)
+    assert "rank" not in settings.profiles(asked, (), CONSERVATIVE)[0]
+    profile = settings.profiles(asked, (), CONSERVATIVE, adapters=True)[1]
+    a = ir.Value(name="lora.0.a", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape(["adapters", 32, "rank"]))
+    assert settings.shapes(a, profile) == ([1, 32, 0], [1, 32, 16], [2, 32, 64])
     fixed = ir.Value(name="lora.0.scale", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([1]))
-    assert settings.shapes(fixed, profile, 64) is None
+    assert settings.shapes(fixed, profile) is None
     odd = ir.Value(name="odd", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape(["batch", "z"]))
     with pytest.raises(EngineError, match="dimension 'z'"):
-        settings.shapes(odd, profile, 64)
+        settings.shapes(odd, profile)
 
 
 def with_adapter(path: Path) -> ir.Model:
