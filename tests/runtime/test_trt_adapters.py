@@ -36,6 +36,7 @@ from tests.engines.tensorrt.lowered import ROWS, session  # noqa: E402
 from tests.runtime import fake_tensorrt as fake  # noqa: E402
 
 CONTEXT, PROMPT, BATCH, RANK = 150, 100, 2, 8
+HALF = "half precision"
 Make = Callable[..., tuple[TrtEngine, fake.Device, Any]]
 
 
@@ -59,12 +60,13 @@ def bundle(tiny_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle
 def plans(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Row of the table -> session over the graph that is lowered for it, and the bundle's probes."""
     made = {}
-    for row, capable in ROWS.items():
+    for row, kind in (*((row, "float32") for row in ROWS), ("decomposed", "float16")):
         model = ir.load(bundle.file("model.onnx"))
         probes = [value.name for value in lowering.replaceable(model)]
-        model = lowering.lower(model, capable, [s.layer for s in STAGES], "float32", "float32", CONTEXT)
+        model = lowering.lower(model, ROWS[row], [s.layer for s in STAGES], "float32", kind, CONTEXT)
         defaults = lowering.free(model, probes)
-        made[row] = session(model, tmp_path_factory.mktemp("lowered")), tensors.encode(defaults)
+        name = row if kind == "float32" else HALF
+        made[name] = session(model, tmp_path_factory.mktemp("lowered")), tensors.encode(defaults)
     return made
 
 
@@ -72,7 +74,7 @@ def plans(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def make(bundle: Bundle, plans: dict[str, Any], tmp_path: Path) -> Make:
     def engine(row: str = "decomposed", rank: int = RANK) -> Any:
         settings = Settings(CONTEXT, PROMPT, BATCH, "float32", rank=rank)
-        ranges = profiles(settings, STAGES, ROWS[row], adapters=True)
+        ranges = profiles(settings, STAGES, ROWS.get(row, ROWS["decomposed"]), adapters=True)
         device = fake.Device()
         module = fake.module(device, lambda text: (plans[text][0], ranges))
         fake.write(tmp_path, row)
@@ -124,6 +126,20 @@ def test_engines_with_adapters_compute_what_the_bundle_does(
         if "probes" in case.name:
             assert not all(map(np.array_equal, output.kept, alone.kept))
     assert device.calls.count("cudaGraphLaunch")
+
+
+def test_half_precision_stays_near(bundle: Bundle, make: Make, reference: OrtEngine) -> None:
+    engine, lora = make(HALF)[0], bundle.manifest.lora
+    assert lora is not None and {one.kind for one in engine.ports.loras} == {"HALF"}
+    assert {one.kind for one in engine.ports.probes} == {"FLOAT"}
+    cases = parity.adapted(parity.cases(bundle.manifest.model, STAGES)[:1], lora, "float32")
+    expected, found = parity.run(reference, cases), parity.run(engine, cases)
+    apart = max(
+        float(np.abs(a - b).max() / max(1.0, a.std()))
+        for one, other in zip(expected, found, strict=True)
+        for a, b in zip(one.logits, other.logits, strict=True)
+    )
+    assert 1e-5 < apart < 5e-2
 
 
 def test_rows_with_adapters_of_their_own(bundle: Bundle, make: Make, reference: OrtEngine) -> None:

@@ -22,7 +22,7 @@ from fstq_infer.adapters import tensors
 from fstq_infer.atomic import atomic_directory, sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
 from fstq_infer.errors import BundleError, EngineError, MissingExtraError, ParityError
-from fstq_infer.machine import available_memory, peak_rss
+from fstq_infer.machine import available_memory, give_back_memory, peak_rss
 from fstq_infer.runtime.trt import PLAN
 from fstq_infer.runtime.trt_adapters import PROBES
 
@@ -220,6 +220,7 @@ def compile_into(made: Plan, partial: Path, say: Any) -> dict[str, Any]:
     for value in model.graph.initializers.values():
         value.const_value = None  # on disk now; the builder has its own copy
     gc.collect()
+    give_back_memory()
     name = f"timing-{made.trt.version}-sm{made.gpu.sm}.cache"
     timing = cache.engines_root().parent / "timing" / name if made.trt.product == "tensorrt" else None
     job = parse.Job(folder / MODEL, model, ranges, made.build_sm, made.workspace, timing)

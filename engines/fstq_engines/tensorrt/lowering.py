@@ -15,7 +15,7 @@ from fstq_engines.tensorrt.capabilities import Capabilities
 from fstq_engines.tensorrt.half import Half
 from fstq_engines.tensorrt.positions import CachedPositions
 from fstq_engines.tensorrt.selection import KnownColumns, RankSort
-from fstq_engines.tensorrt.simple import DecomposeNorms, DecomposeRotary
+from fstq_engines.tensorrt.simple import DecomposeNorms, DecomposeRotary, FoldSums
 from fstq_engines.tensorrt.weights import Weights
 from fstq_infer.errors import EngineError
 
@@ -32,6 +32,7 @@ def lower(
     Raises EngineError for a graph that is not built as expected.
     """
     passes: list[Any] = [
+        FoldSums(),
         KnownColumns(),
         RankSort(),
         Half(DTYPES[source], DTYPES[dtype]),
