@@ -16,7 +16,7 @@ from fstq_engines import cache, parity
 from fstq_engines.cache import SIDECAR, Identity, Sidecar
 from fstq_engines.external import check_external_data
 from fstq_engines.tensorrt import gpu, memory, module
-from fstq_engines.tensorrt.capabilities import PLAIN, Capabilities, capabilities
+from fstq_engines.tensorrt.capabilities import PLAIN, RTX, Capabilities, capabilities
 from fstq_engines.tensorrt.settings import Settings, default_settings
 from fstq_infer.adapters import tensors
 from fstq_infer.atomic import atomic_directory, sha256_file
@@ -27,6 +27,8 @@ from fstq_infer.runtime.trt import PLAN
 from fstq_infer.runtime.trt_adapters import PROBES
 
 MODEL, WEIGHTS, LOWERED = "model.onnx", "model.onnx.data", "lowered"
+# TensorRT-RTX 1.7.1 fails on some pruned graphs whose profiles have one row only ("CHECK(is_const()) failed").
+LEAST_BATCH = {RTX: 2}
 _log = logging.getLogger(__name__)
 
 
@@ -207,7 +209,8 @@ def compile_into(made: Plan, partial: Path, say: Any) -> dict[str, Any]:
     model = lowering.lower(model, capable, [s.layer for s in stages], info.dtype, asked.dtype, asked.context)
     if defaults := lowering.free(model, probes):
         (partial / PROBES).write_bytes(tensors.encode(defaults))
-    ranges = settings.profiles(asked, stages, capable, bundle.manifest.lora is not None)
+    least = LEAST_BATCH.get(made.trt.product, 1)
+    ranges = settings.profiles(asked, stages, capable, bundle.manifest.lora is not None, least)
     traps.check_graph(model, capable, ranges)
     expected = memory.require(model, info, asked, available_memory())
     folder = partial / LOWERED

@@ -59,16 +59,18 @@ def default_settings(max_positions: int, **given: int | float | str | None) -> S
 
 
 def profiles(
-    settings: Settings, stages: Sequence[Stage], capable: Capabilities, adapters: bool = False
+    settings: Settings, stages: Sequence[Stage], capable: Capabilities, adapters: bool = False, least: int = 1
 ) -> list[dict[str, Range]]:
     """Ranges of each named dimension, for prefill and for decoding. A call of one token is both.
 
     adapters: whether there are inputs for them: one for all rows or one for each, of rank 0 (none) and above.
+    least: rows that the profiles allow in any case.
     """
+    batch = max(least, settings.batch)
     top = settings.context
     usual = max(1, settings.prompt // 2)
-    prefill: dict[str, Range] = {"batch": (1, 1, settings.batch), "sequence": (1, usual, settings.prompt)}
-    decode: dict[str, Range] = {"batch": (1, 1, settings.batch), "sequence": (1, 1, 1)}
+    prefill: dict[str, Range] = {"batch": (1, 1, batch), "sequence": (1, usual, settings.prompt)}
+    decode: dict[str, Range] = {"batch": (1, 1, batch), "sequence": (1, 1, 1)}
     for group in range(len(stages) + 1):
         kept = max(1, round(usual * settings.keep)) if group else usual
         if group:
@@ -78,7 +80,7 @@ def profiles(
         prefill[f"past_{group}"] = past if capable.cache_update else (0, 0, top)
         decode[f"past_{group}"] = past
     if adapters:
-        ranks = {"adapters": (1, 1, settings.batch), "rank": (0, max(1, settings.rank // 4), settings.rank)}
+        ranks = {"adapters": (1, 1, batch), "rank": (0, max(1, settings.rank // 4), settings.rank)}
         prefill, decode = prefill | ranks, decode | ranks
     return [prefill, decode]
 
