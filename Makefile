@@ -71,7 +71,7 @@ $(TRT_STAMP): $(STAMP)
 # Builds with tensorrt-rtx, without a GPU; TRT_TESTS= adds the slow ones.
 TRT_TESTS ?= -m "not slow"
 test-tensorrt: $(TRT_STAMP)
-	$(TRT)/bin/python -m pytest $(WORKERS) $(TRT_TESTS) tests/engines/tensorrt tests/runtime/test_trt.py
+	$(TRT)/bin/python -m pytest $(WORKERS) $(TRT_TESTS) tests/engines/tensorrt tests/runtime/test_trt.py tests/runtime/test_trt_adapters.py
 
 $(DOCS_STAMP): pyproject.toml
 	$(PYTHON) -m venv $(DOCS)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fstq_infer.adapters.ports import LoraPorts
 from fstq_infer.bundle import (
     Bundle,
     BundleWriter,
@@ -38,7 +39,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def write_bundle(out: Path, graph: Path, stages: tuple[Stage, ...] = STAGES, **model: Any) -> Bundle:
+def write_bundle(
+    out: Path, graph: Path, stages: tuple[Stage, ...] = STAGES, lora: LoraPorts | None = None, **model: Any
+) -> Bundle:
     """A bundle around model.onnx and model.onnx.data in ``graph``; ``model`` overrides fields of its description."""
     described: dict[str, Any] = {
         "architecture": "LlamaForCausalLM",
@@ -56,6 +59,7 @@ def write_bundle(out: Path, graph: Path, stages: tuple[Stage, ...] = STAGES, **m
         pruning=Pruning(0.5, "gate", False, None, None),
         generation=GenerationDefaults(1, (2,), 0.0, 0, 1.0, 1.0),
         provenance=Provenance("tiny", "0" * 64, {}, 0, "2026-01-01", "tests"),
+        lora=lora,
     )
     with BundleWriter(out) as writer:
         for name in ("model.onnx", "model.onnx.data"):

@@ -23,7 +23,6 @@ from fstq_engines import cache, lower, parity
 from fstq_engines.cache import SIDECAR, Identity, Sidecar
 from fstq_engines.external import check_external_data
 from fstq_engines.lower import WEIGHTS
-from fstq_infer.adapters.store import Adapter
 from fstq_infer.atomic import atomic_directory, sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
 from fstq_infer.errors import BundleError, EngineError
@@ -160,10 +159,8 @@ class _Part:
         self.bundle, self.name, self.threads = bundle, name, threads
         self.lowering = lower.Lowering(bundle, name)
         self.made = parity.cases(manifest.model, manifest.stages)
-        self.adapter: Adapter | None = None
         if name == ADAPTED and manifest.lora is not None:
-            self.made = parity.adapted(self.made)
-            self.adapter = parity.random_adapter(manifest.lora, manifest.model.dtype)
+            self.made = parity.adapted(self.made, manifest.lora, manifest.model.dtype)
         self.expected: list[parity.Output] = []
         self.written: list[parity.Output] = []
         self.checks: dict[str, Any] = {}
@@ -173,7 +170,7 @@ class _Part:
         gc.collect()
         engine = OrtEngine(directory, self.bundle, threads=self.threads, model=name, sparing=sparing)
         try:
-            return parity.run(engine, self.made, self.adapter)
+            return parity.run(engine, self.made)
         finally:
             del engine
             gc.collect()  # an engine and its caches are a cycle

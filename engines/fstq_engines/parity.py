@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +32,15 @@ SEED, SHARE = 0, 600_000  # millionths of the score mass that stay where a promp
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A left-padded batch: texts with the tokens that are decoded after them, and how many of each row to keep."""
+    """A left-padded batch: texts with the tokens that are decoded after them, and how many of each row to keep.
+
+    adapters: of each row; empty where none has one.
+    """
 
     name: str
     rows: tuple[Int64, ...]
     keep: Int64
+    adapters: tuple[Adapter | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +87,11 @@ def cases(model: ModelInfo, stages: Sequence[Stage]) -> list[Case]:
     return made
 
 
-def run(engine: Engine, made: Sequence[Case], adapter: Adapter | None = None) -> list[Output]:
-    """What an engine makes of the cases. adapter: of each case's last row."""
+def run(engine: Engine, made: Sequence[Case]) -> list[Output]:
+    """What an engine makes of the cases."""
     outputs = []
     for case in made:
-        one = engine.adapted([None] * (len(case.rows) - 1) + [adapter]) if adapter is not None else engine
+        one = engine.adapted(case.adapters) if any(case.adapters) else engine
         lengths = [len(row) - DECODE_STEPS for row in case.rows]
         ids = np.zeros((len(lengths), max(lengths)), np.int64)
         positions = np.full_like(ids, -1)
@@ -104,13 +109,20 @@ def run(engine: Engine, made: Sequence[Case], adapter: Adapter | None = None) ->
     return outputs
 
 
-def adapted(made: Sequence[Case]) -> list[Case]:
-    """The cases again, for an adapter."""
-    return [replace(case, name=f"{case.name}, adapter") for case in made]
+def adapted(made: Sequence[Case], ports: LoraPorts, dtype: str) -> list[Case]:
+    """The cases again, with an adapter in the last row; and with one that brings its own probes, in all rows."""
+    one, other = random_adapter(ports, dtype), random_adapter(ports, dtype, probes=True)
+    cases = []
+    for case in made:
+        rows = len(case.rows)
+        cases.append(replace(case, name=f"{case.name}, adapter", adapters=(*[None] * (rows - 1), one)))
+        if ports.probes and case.name != "dense":
+            cases.append(replace(case, name=f"{case.name}, adapter with probes", adapters=(other,) * rows))
+    return cases
 
 
-def random_adapter(ports: LoraPorts, dtype: str) -> Adapter:
-    """One of random numbers that changes every layer that can be changed."""
+def random_adapter(ports: LoraPorts, dtype: str, probes: bool = False) -> Adapter:
+    """One of random numbers that changes every layer that can be changed; probes: those as well."""
     rng = np.random.default_rng(SEED)
     arrays: dict[str, NDArray[np.float64]] = {}
     rank = min(RANK, ports.rank)
@@ -118,7 +130,12 @@ def random_adapter(ports: LoraPorts, dtype: str) -> Adapter:
         a, b = rng.standard_normal((one.inputs, rank)), rng.standard_normal((rank, one.outputs))
         arrays |= dict(zip(one.ports, (a * one.inputs**-0.5, b * GAIN), strict=True))
     kind = DTYPES.get(dtype, np.dtype(np.float32))
-    return Adapter("random", {name: array.astype(kind) for name, array in arrays.items()}, False, None)
+    found: dict[str, NDArray[Any]] = {name: array.astype(kind) for name, array in arrays.items()}
+    if probes:
+        for name, shape in ports.probes.items():
+            fan = np.prod(shape) / max(shape)  # (inputs, outputs) or (outputs, inputs, width): about their inputs
+            found[name] = (rng.standard_normal(shape) * fan**-0.5).astype(np.float32)
+    return Adapter("random", found, probes and bool(ports.probes), None)
 
 
 ADVICE = "Nothing was kept. Please report the model and these versions; another onnxruntime version may do better."

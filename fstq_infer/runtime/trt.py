@@ -1,7 +1,7 @@
 """The TensorRT backend: a built plan behind the engine protocol. Knows no cache of engines and no text.
 
-Memory is allocated with the first call of a batch size and goes with the engine; a token is decoded by one launch of a
-CUDA graph that holds uploads, kernels and the download of logits. How keys and values are kept is told in
+Memory is allocated with the first call of a batch size or adapter and goes with the engine; a token is decoded by one
+launch of a CUDA graph that holds uploads, kernels and the download of logits. How keys and values are kept is told in
 :mod:`fstq_infer.runtime.trt_buffers`.
 """
 
@@ -18,6 +18,7 @@ from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, EngineMismatchError
 from fstq_infer.runtime.cuda import Cuda
 from fstq_infer.runtime.engine import Int64, Stage, Step, check_call
+from fstq_infer.runtime.trt_adapters import Given, Matrices, TrtAdapted
 from fstq_infer.runtime.trt_buffers import Bound, Buffers, TrtCache, finally_call
 from fstq_infer.runtime.trt_ports import Ports
 
@@ -29,7 +30,7 @@ PREFILL, DECODE = 0, 1  # optimization profiles
 
 
 class TrtEngine:
-    """One plan with two execution contexts: one for many tokens, one for a single token of each row."""
+    """One plan with an execution context for many tokens; buffers have one each for a single token of each row."""
 
     def __init__(
         self,
@@ -65,7 +66,8 @@ class TrtEngine:
         self.ports = Ports.of(plan, self._module, self._stages)
         self._stream = self.cuda("cudaStreamCreate")
         finally_call(self, self.cuda, "cudaStreamDestroy", self._stream)
-        self._contexts = [Bound(self._context(profile)) for profile in (PREFILL, DECODE)]
+        self._matrices = Matrices(self.cuda, self._stream, self.ports, self._path)
+        self._prefill = Bound(self._context(PREFILL))
         self._empty: dict[int, TrtCache] = {}
         self._pool: dict[int, Buffers] = {}
         self._positions = min(model.max_positions, self.ports.context)
@@ -96,20 +98,19 @@ class TrtEngine:
             self._empty[batch] = TrtCache(self, batch, None, (0,) * (len(self._stages) + 1))
         return self._empty[batch]
 
-    def adapted(self, adapters: Sequence[Adapter | None]) -> TrtEngine:
-        """This engine where there are none. Raises EngineError for adapters, which it cannot bind yet."""
-        if any(adapters):
-            raise EngineError(
-                "engines for TensorRT do not take adapters at run time yet. Use the backend 'ort', or bake one in: "
-                "fstq export --merge-adapter"
-            )
-        return self
+    def adapted(self, adapters: Sequence[Adapter | None]) -> TrtEngine | TrtAdapted:
+        """The same engine with adapters, see :class:`fstq_infer.runtime.engine.Engine`."""
+        return TrtAdapted(self, self._matrices.bound(adapters)) if any(adapters) else self
 
     def forward(self, input_ids: Int64, position_ids: Int64, keep: Int64, cache: Any) -> Step:
         """Run one call: ids and positions (batch, sequence), keep (batch, stages); see docs/bundle-format.md.
 
         Raises EngineError for shapes that do not fit together or the engine, and for what CUDA reports.
         """
+        return self.run(input_ids, position_ids, keep, cache, self._matrices.none)
+
+    def run(self, input_ids: Int64, position_ids: Int64, keep: Int64, cache: Any, given: Given) -> Step:
+        """:meth:`forward` with adapters."""
         self._check(input_ids, position_ids, keep, cache)
         count = input_ids.shape[1]
         most = [count]
@@ -123,7 +124,7 @@ class TrtEngine:
                 f"--context {needed}, or use a shorter prompt"
             )
         buffers = self._own(cache)
-        kept = buffers.run(self._contexts[DECODE if count == 1 else PREFILL], input_ids, position_ids, keep, most)
+        kept = buffers.run(self._prefill, input_ids, position_ids, keep, most, given)
         if kept is None:
             raise EngineError(f"TensorRT failed on {cache.batch} x {count} tokens; its log says why")
         return Step(buffers.logits, kept, TrtCache(self, cache.batch, buffers, buffers.filled))
@@ -135,14 +136,19 @@ class TrtEngine:
             return buffers
         free = self._pool.get(cache.batch)
         if free is None or free.users or free is buffers:
-            free = self._pool[cache.batch] = Buffers(self.cuda, self.ports, cache.batch, self._stream)
+            free = self._pool[cache.batch] = Buffers(
+                self.cuda, self.ports, cache.batch, self._stream, lambda: self._context(DECODE)
+            )
         free.reset()
         if buffers is not None:
             free.take_over(buffers, cache.lengths)
         return free
 
     def _context(self, profile: int) -> Any:
-        context = self._plan.create_execution_context()
+        strategies = getattr(self._module, "ExecutionContextAllocationStrategy", None)
+        # Scratch memory of this profile alone: a token needs much less than a prompt.
+        given = () if strategies is None else (strategies.ON_PROFILE_CHANGE,)
+        context = self._plan.create_execution_context(*given)
         if context is None or not context.set_optimization_profile_async(profile, self._stream):
             raise EngineError(
                 f"there is no memory to run {self._path}: build with a shorter --context or --prompt, or close programs"

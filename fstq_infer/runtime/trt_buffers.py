@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,16 +23,18 @@ from fstq_infer.runtime.cuda import ON_DEVICE, RELAXED, TO_DEVICE, TO_HOST, Cuda
 from fstq_infer.runtime.engine import Float32, Int64
 from fstq_infer.runtime.trt_ports import Ports
 
-BUCKET, GRAPHS = 256, 32  # columns; CUDA graphs that are kept
+if TYPE_CHECKING:
+    from fstq_infer.runtime.trt_adapters import Given
+
+BUCKET = 256  # columns
 
 
 @dataclass(slots=True)
 class Bound:
-    """An execution context, and whose shapes and addresses it has: an engine's buffers share it."""
+    """An execution context, and which shapes and addresses it has, as a key: () where that is not known."""
 
     context: Any
-    by: weakref.ref[Buffers] | None = None
-    shapes: tuple[int, ...] = ()
+    key: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -41,13 +43,13 @@ class Owned:
 
     cuda: Cuda
     memory: list[int] = field(default_factory=list)  # addresses
-    graphs: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    graph: Any = None
 
     def forget(self) -> None:
-        """Destroy all graphs."""
-        for graph in self.graphs.values():
+        """Destroy the graph."""
+        graph, self.graph = self.graph, None
+        if graph is not None:
             self.cuda("cudaGraphExecDestroy", graph)
-        self.graphs.clear()
 
     def free(self) -> None:
         """Give everything back; CUDA waits for what runs."""
@@ -72,15 +74,21 @@ class TrtCache:
 
     @property
     def bytes(self) -> int:
-        """Memory held by keys and values, free columns included."""
-        return 0 if self.buffers is None else self.buffers.bytes
+        """Memory that keys and values fill, without free columns of the buffers."""
+        if self.buffers is None:
+            return 0
+        cached = self.buffers.ports.cached
+        return sum(self.batch * self.lengths[p.group] * p.heads * p.width * p.size for p in cached)
 
 
 class Buffers:
-    """Everything that a plan reads and writes, for ``batch`` rows. users: caches that still need what is in there."""
+    """Everything that a plan reads and writes, for ``batch`` rows. users: caches that still need what is in there.
 
-    def __init__(self, cuda: Cuda, ports: Ports, batch: int, stream: Any) -> None:
-        """Raises EngineError where device memory does not suffice."""
+    A graph holds as long as nobody changes its execution context, so a token has a context of its own here.
+    """
+
+    def __init__(self, cuda: Cuda, ports: Ports, batch: int, stream: Any, context: Callable[[], Any]) -> None:
+        """context: makes one for a token. Raises EngineError where device memory does not suffice."""
         self.cuda, self.ports, self.batch, self.stream = cuda, ports, batch, stream
         self.users, self.filled = 0, (0,) * ports.groups
         self._owned = Owned(cuda)
@@ -89,9 +97,11 @@ class Buffers:
         self._address: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._moves = 0
+        self._context = context
+        self._single: Bound | None = None
+        self._given: Given | None = None  # whose memory the addresses are
         self._layout = [0] * ports.groups
         self._sizes = [batch * p.heads * ports.context * p.width * p.size for p in ports.cached]
-        self.bytes = sum(self._sizes)
         for port, size in zip(ports.cached, self._sizes, strict=True):
             self._address[port.name] = self._device(size)
             staged = 0 if ports.in_place else batch * port.heads * ports.prompt * port.width * port.size
@@ -122,9 +132,6 @@ class Buffers:
                 self._host[f"columns.{group}"][:] = np.arange(ports.prompt)
                 self._copy(f"columns.{group}", TO_DEVICE, 8 * ports.prompt)
         self._both("logits", batch * ports.vocab, np.float32)
-        for name, shape in ports.loras:
-            self._address[name] = self._device(16)
-            self._set(name, shape)
         self.cuda("cudaStreamSynchronize", self.stream)  # columns never change
 
     def reset(self) -> None:
@@ -145,16 +152,22 @@ class Buffers:
         self.cuda("cudaStreamSynchronize", self.stream)
 
     def run(
-        self, bound: Bound, input_ids: Int64, position_ids: Int64, keep: Int64, most: Sequence[int]
+        self, prefill: Bound, input_ids: Int64, position_ids: Int64, keep: Int64, most: Sequence[int], given: Given
     ) -> tuple[Int64, ...] | None:
         """One call behind what is held; most: columns that each group gets. Returns what each stage kept.
+
+        prefill: context of many tokens. given: adapters.
 
         None where TensorRT refuses to run; nothing is held then.
         """
         lengths, self.filled = self.filled, ()
+        if given is not self._given:
+            self._given = given
+            self._address |= given.addresses
+            self._shapes |= given.shapes
         self._write(input_ids, position_ids, keep, most, lengths)
         single = input_ids.shape[1] == 1
-        if not (self._token(bound) if single else self._enqueue(bound, first=True)):
+        if not (self._token(given.number) if single else self._enqueue(prefill, first=True)):
             return None
         self.cuda("cudaStreamSynchronize", self.stream)
         kept = self._kept(position_ids, most, single)
@@ -186,23 +199,22 @@ class Buffers:
             columns = ports.context if ports.in_place else self._layout[port.group]
             self._set(port.name, (self.batch, port.heads, columns, port.width))
 
-    def _token(self, bound: Bound) -> bool:
+    def _token(self, adapters: int) -> bool:
         """A call of one token: by a CUDA graph, from the second one in a row in the same shapes on."""
+        if self._single is None:
+            self._single = Bound(self._context())
+        bound, owned = self._single, self._owned
         widths = [self._shapes[f"past_positions.{group}"][1] for group in range(self.ports.groups)]
-        key = (*widths, self._moves)
-        graphs = self._owned.graphs
-        graph = graphs.get(key)
-        if graph is None and bound.by is not None and bound.by() is self and bound.shapes == key:
-            graph = self._capture(bound)
-            if len(graphs) == GRAPHS:
-                self._owned.forget()
-            graphs[key] = graph
-        if graph is not None:
-            self.cuda("cudaGraphLaunch", graph, self.stream)
+        key = (*widths, self._moves, adapters)
+        if bound.key != key:
+            owned.forget()
+            if not self._enqueue(bound, first=True):
+                return False
+            bound.key = key
             return True
-        if not self._enqueue(bound, first=True):
-            return False
-        bound.shapes = key
+        if owned.graph is None:
+            owned.graph = self._capture(bound)
+        self.cuda("cudaGraphLaunch", owned.graph, self.stream)
         return True
 
     def _capture(self, bound: Bound) -> Any:
@@ -224,7 +236,7 @@ class Buffers:
         """Upload, compute, download. first: in these shapes and with these addresses."""
         inputs, context = self.ports.inputs, bound.context
         if first:
-            bound.by, bound.shapes = weakref.ref(self), ()
+            bound.key = ()
             for name in inputs:
                 context.set_input_shape(name, self._shapes[name])
             for name, address in self._address.items():

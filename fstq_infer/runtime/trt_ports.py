@@ -7,9 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from fstq_infer.adapters.ports import SCOPE
 from fstq_infer.errors import EngineError
 from fstq_infer.runtime.engine import Stage
 
+PROBE = "fstq.probe."  # of inputs that adapters may replace
 SIZES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8, "INT32": 4, "BOOL": 1}
 _CACHED = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
@@ -27,8 +31,22 @@ class Port:
 
 
 @dataclass(frozen=True, slots=True)
+class Matrix:
+    """An input of adapters: shape, -1 where it is free (rows, rank); kind: of numbers, as TensorRT names it."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What holds such numbers; NumPy has no bfloat16."""
+        return np.dtype({"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16}[self.kind])
+
+
+@dataclass(frozen=True, slots=True)
 class Ports:
-    """What a plan takes. in_place: it updates caches itself. loras: inputs of adapters, with shapes of rank 0.
+    """What a plan takes. in_place: it updates caches itself. loras, probes: inputs of adapters; rank: the largest.
 
     batch, prompt, context: most rows, tokens of a call, cached columns.
     """
@@ -41,7 +59,9 @@ class Ports:
     context: int
     in_place: bool
     vocab: int
-    loras: tuple[tuple[str, tuple[int, ...]], ...]
+    loras: tuple[Matrix, ...]
+    probes: tuple[Matrix, ...]
+    rank: int
 
     @classmethod
     def of(cls, plan: Any, module: Any, stages: Sequence[Stage]) -> Ports:
@@ -62,10 +82,16 @@ class Ports:
                 cached.append(Port(name, out, group, shape[1], shape[3], size))
                 context = shape[2] if in_place else plan.get_tensor_profile_shape(name, 1)[2][2]
         batch, prompt = plan.get_tensor_profile_shape("input_ids", 0)[2]
-        loras = tuple(
-            (name, tuple(max(0, d) for d in plan.get_tensor_shape(name)))
-            for name in names
-            if name in inputs and name.startswith("lora.")
+        loras, probes = (
+            tuple(
+                Matrix(name, tuple(plan.get_tensor_shape(name)), plan.get_tensor_dtype(name).name)
+                for name in names
+                if name in inputs and name.startswith(prefix)
+            )
+            for prefix in (f"{SCOPE}.", PROBE)
+        )
+        rank = max(
+            (plan.get_tensor_profile_shape(one.name, 0)[2][one.shape[1:].index(-1) + 1] for one in loras), default=0
         )
         vocab = plan.get_tensor_shape("logits")[2]
         return cls(
@@ -78,4 +104,6 @@ class Ports:
             in_place,
             vocab,
             loras,
+            probes,
+            rank,
         )

@@ -157,7 +157,8 @@ class Plan:
         dims = self.ports[name].shape
         return [tuple(d if isinstance(d, int) else self.profiles[profile][d][i] for d in dims) for i in range(3)]
 
-    def create_execution_context(self) -> Context:
+    def create_execution_context(self, strategy: str = "static") -> Context:
+        assert strategy == "on profile change"
         self.contexts.append(Context(self))
         return self.contexts[-1]
 
@@ -214,13 +215,18 @@ class Context:
         kind = np.dtype(TYPES[self.plan.ports[name].type][1])
         size = int(np.prod(shape)) * kind.itemsize
         self.plan.device.inside(address, size)
+        if not size:
+            return np.zeros(shape, kind)
         return np.frombuffer((ctypes.c_ubyte * size).from_address(address), kind).reshape(shape)
 
 
 def module(device: Device, make: Callable[[str], tuple[Any, list[dict[str, tuple[int, int, int]]]]]) -> Any:
     """A TensorRT module; make: from the text of a plan file to a session and profiles."""
     found = SimpleNamespace(
-        __version__="10.3.0", TensorIOMode=SimpleNamespace(INPUT="input", OUTPUT="output"), plans=[]
+        __version__="10.3.0",
+        TensorIOMode=SimpleNamespace(INPUT="input", OUTPUT="output"),
+        ExecutionContextAllocationStrategy=SimpleNamespace(ON_PROFILE_CHANGE="on profile change"),
+        plans=[],
     )
 
     class Logger:

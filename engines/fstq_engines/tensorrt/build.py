@@ -16,15 +16,19 @@ from fstq_engines import cache, parity
 from fstq_engines.cache import SIDECAR, Identity, Sidecar
 from fstq_engines.external import check_external_data
 from fstq_engines.tensorrt import gpu, memory, module
-from fstq_engines.tensorrt.capabilities import PLAIN, Capabilities, capabilities
+from fstq_engines.tensorrt.capabilities import PLAIN, RTX, Capabilities, capabilities
 from fstq_engines.tensorrt.settings import Settings, default_settings
+from fstq_infer.adapters import tensors
 from fstq_infer.atomic import atomic_directory, sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
 from fstq_infer.errors import BundleError, EngineError, MissingExtraError, ParityError
-from fstq_infer.machine import available_memory, peak_rss
+from fstq_infer.machine import available_memory, give_back_memory, peak_rss
 from fstq_infer.runtime.trt import PLAN
+from fstq_infer.runtime.trt_adapters import PROBES
 
 MODEL, WEIGHTS, LOWERED = "model.onnx", "model.onnx.data", "lowered"
+# TensorRT-RTX 1.7.1 fails on some pruned graphs whose profiles have one row only ("CHECK(is_const()) failed").
+LEAST_BATCH = {RTX: 2}
 _log = logging.getLogger(__name__)
 
 
@@ -77,13 +81,24 @@ def plan(bundle: Bundle, backend: str, options: Mapping[str, Any] | None = None,
     given = dict(options or {})
     target, workspace = given.pop("target", None), given.pop("workspace", None)
     trt = module.find(backend)
+    lora = bundle.manifest.lora
+    if lora is not None and given.get("rank") is None:
+        given["rank"] = lora.rank
     settings = default_settings(bundle.manifest.model.max_positions, **given)
     here = found or gpu.this_gpu()
     build_sm = None
     if target is not None:
-        sm, build_sm = module.target(target)
-        if here is None or here.sm != build_sm:
-            here = gpu.Gpu(target, sm, "of the device", elsewhere=True)
+        sm, stand_in = module.target(target)
+        if trt.product == PLAIN:
+            if here is not None and here.sm != sm:
+                raise EngineError(
+                    f"tensorrt builds for the GPU it runs on, SM {here.sm} ({here.name}), not for {target} (SM {sm}). "
+                    f"Build there, or check the bundle here with: fstq lint {bundle.path} --target {target}"
+                )
+        else:
+            build_sm = stand_in
+            if here is None or here.sm != build_sm:
+                here = gpu.Gpu(target, sm, "of the device", elsewhere=True)
     if here is None:
         raise EngineError(
             f"there is no GPU here that cuda-python can use, and TensorRT builds for the GPU it runs on. Build on the "
@@ -190,8 +205,12 @@ def compile_into(made: Plan, partial: Path, say: Any) -> dict[str, Any]:
         model = ir.load(bundle.file(MODEL))
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         raise EngineError(f"{bundle.file(MODEL)} cannot be read: {error}. Fetch an undamaged copy.") from error
+    probes = [value.name or "" for value in lowering.replaceable(model)]
     model = lowering.lower(model, capable, [s.layer for s in stages], info.dtype, asked.dtype, asked.context)
-    ranges = settings.profiles(asked, stages, capable)
+    if defaults := lowering.free(model, probes):
+        (partial / PROBES).write_bytes(tensors.encode(defaults))
+    least = LEAST_BATCH.get(made.trt.product, 1)
+    ranges = settings.profiles(asked, stages, capable, bundle.manifest.lora is not None, least)
     traps.check_graph(model, capable, ranges)
     expected = memory.require(model, info, asked, available_memory())
     folder = partial / LOWERED
@@ -204,9 +223,10 @@ def compile_into(made: Plan, partial: Path, say: Any) -> dict[str, Any]:
     for value in model.graph.initializers.values():
         value.const_value = None  # on disk now; the builder has its own copy
     gc.collect()
+    give_back_memory()
     name = f"timing-{made.trt.version}-sm{made.gpu.sm}.cache"
     timing = cache.engines_root().parent / "timing" / name if made.trt.product == "tensorrt" else None
-    job = parse.Job(folder / MODEL, model, ranges, asked.rank, made.build_sm, made.workspace, timing)
+    job = parse.Job(folder / MODEL, model, ranges, made.build_sm, made.workspace, timing)
     parse.compile_plan(made.trt, job, partial / PLAN, say)
     shutil.rmtree(folder)
     return {
@@ -230,7 +250,9 @@ def _compare(made: Plan, partial: Path, threads: int | None, say: Any) -> dict[s
     from fstq_infer.runtime.trt import TrtEngine
 
     info = made.bundle.manifest.model
-    cases = parity.cases(info, made.bundle.manifest.stages)
+    cases, lora = parity.cases(info, made.bundle.manifest.stages), made.bundle.manifest.lora
+    if lora is not None and made.settings.rank >= min(parity.RANK, lora.rank):
+        cases += parity.adapted(cases, lora, info.dtype)
     fitting = [case for case in cases if len(case.rows) <= made.settings.batch]
     try:
         expected = parity.run(OrtEngine(made.bundle.path, made.bundle, threads=threads), fitting)
@@ -250,7 +272,7 @@ def agreement(
 
     In half precision two scores that are nearly equal may change places; cases where none do must agree in any case.
     """
-    dense = [index for index, case in enumerate(cases) if case.name == "dense"]
+    dense = [index for index, case in enumerate(cases) if case.name.startswith("dense")]
     parity.compare([cases[i] for i in dense], [expected[i] for i in dense], [found[i] for i in dense], dtype)
     try:
         return parity.compare(cases, expected, found, dtype)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import Sequential
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -14,7 +15,7 @@ from fstq_engines.tensorrt.capabilities import Capabilities
 from fstq_engines.tensorrt.half import Half
 from fstq_engines.tensorrt.positions import CachedPositions
 from fstq_engines.tensorrt.selection import KnownColumns, RankSort
-from fstq_engines.tensorrt.simple import DecomposeNorms, DecomposeRotary
+from fstq_engines.tensorrt.simple import DecomposeNorms, DecomposeRotary, FoldSums
 from fstq_engines.tensorrt.weights import Weights
 from fstq_infer.errors import EngineError
 
@@ -31,6 +32,7 @@ def lower(
     Raises EngineError for a graph that is not built as expected.
     """
     passes: list[Any] = [
+        FoldSums(),
         KnownColumns(),
         RankSort(),
         Half(DTYPES[source], DTYPES[dtype]),
@@ -41,8 +43,8 @@ def lower(
     passes += [] if capable.rotary else [DecomposeRotary()]
     passes += [] if capable.rms_norm else [DecomposeNorms()]
     passes.append(RemoveUnusedNodesPass())
-    for value in [value for value in model.graph.inputs if value.is_initializer()]:
-        model.graph.inputs.remove(value)  # weights of a probe, which adapters replace where a backend can
+    for value in replaceable(model):
+        model.graph.inputs.remove(value)
     try:
         made: ir.Model = Sequential(*passes)(model).model
     except (ir.passes.PassError, ir.passes.InvariantError) as error:
@@ -54,7 +56,29 @@ def lower(
             "--backend ort."
         ) from error
     for value in [*made.graph.inputs, *made.graph.outputs]:
-        if value.shape is not None:  # one name for one length, as profiles go by names
-            value.shape = ir.Shape(["sequence" if str(d) == "sequence_len" else d for d in value.shape.dims])
+        if value.shape is not None:
+            value.shape = ir.Shape([_length(d) for d in value.shape.dims])
     made.opset_imports[""] = capable.opset
     return made
+
+
+def replaceable(model: ir.Model) -> list[ir.Value]:
+    """Inputs with a default: weights of a probe, which adapters may replace. Lowering makes them constants."""
+    return [value for value in model.graph.inputs if value.is_initializer()]
+
+
+def free(model: ir.Model, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Make constants of a lowered graph inputs without a default, as TensorRT has no other; returns the defaults."""
+    defaults: dict[str, NDArray[Any]] = {}
+    for name in names:
+        value = model.graph.initializers.pop(name, None)
+        if value is not None and value.const_value is not None:
+            defaults[name], value.const_value = value.const_value.numpy(), None
+            model.graph.inputs.append(value)
+    return defaults
+
+
+def _length(dim: Any) -> Any:
+    """One name for one length, as profiles go by names; ranks of all layers are one: fewer kernels, fewer shapes."""
+    name = str(dim)
+    return "sequence" if name == "sequence_len" else "rank" if name.startswith("rank.") else dim

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from fstq_engines.tensorrt.settings import Settings
+from fstq_infer.adapters.ports import SCOPE
 from fstq_infer.bundle import ModelInfo
 from fstq_infer.errors import EngineError
 
@@ -18,31 +19,37 @@ SMALLEST = 256  # tokens; shorter contexts are not suggested
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes. weights: of the graph. caches: keys and values of all layers. scratch: activations of the longest call."""
+    """Bytes. weights: of the graph. caches: keys and values of all layers. scratch: activations of the longest call.
+
+    adapters: matrices of one adapter for each row, of the largest rank.
+    """
 
     weights: int
     caches: int
     scratch: int
+    adapters: int = 0
 
     @property
     def run(self) -> int:
         """While the engine runs."""
-        return self.weights + self.caches + self.scratch + BASE
+        return self.weights + self.caches + self.scratch + self.adapters + BASE
 
     @property
     def build(self) -> int:
         """While it is built: kernels are timed with all buffers of a profile there."""
-        return COPIES * self.weights + self.caches + self.scratch + BASE
+        return COPIES * self.weights + self.caches + self.scratch + self.adapters + BASE
 
 
 def estimate(model: ir.Model, info: ModelInfo, settings: Settings) -> Estimate:
     """For a lowered graph: sizes of initializers, and of caches as wide as the context in every layer."""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    row = 0  # bytes of one token in all caches
+    row = wide = 0  # bytes of one token in all caches; of one rank in all adapted layers
     for value in model.graph.inputs:
         if (value.name or "").startswith("past_key_values.") and value.shape is not None and value.dtype is not None:
             heads, width = (d if isinstance(d, int) else 0 for d in (value.shape[1], value.shape[3]))
             row += int(heads * width * value.dtype.itemsize)
+        elif (value.name or "").startswith(f"{SCOPE}.") and value.shape is not None and value.dtype is not None:
+            wide += sum(d for d in value.shape.dims if isinstance(d, int)) * int(value.dtype.itemsize)
     size = BYTES[settings.dtype]
     # Six arrays as wide as the hidden size and two as an MLP of four times that; masks, ranks and lexical features.
     scratch = settings.batch * settings.prompt * (14 * info.hidden_size * size + 12 * settings.context)
@@ -50,7 +57,7 @@ def estimate(model: ir.Model, info: ModelInfo, settings: Settings) -> Estimate:
     columns = settings.context  # every layer may hold the whole prompt: keep is chosen at run time
     if any((value.name or "").startswith("new.") for value in model.graph.outputs):
         columns += settings.prompt  # new columns are returned, and copied behind the old ones
-    return Estimate(weights, settings.batch * columns * row, scratch)
+    return Estimate(weights, settings.batch * columns * row, scratch, settings.batch * settings.rank * wide)
 
 
 def require(model: ir.Model, info: ModelInfo, settings: Settings, free: int | None) -> Estimate:

@@ -80,7 +80,6 @@ class Job:
     graph: Path
     model: ir.Model
     profiles: list[dict[str, Range]]
-    rank: int
     sm: int | None = None
     workspace: int | None = None
     timing_cache: Path | None = None
@@ -165,7 +164,7 @@ def _configure(trt: TensorRT, job: Job, builder: Any, network: Any) -> Any:
         profile = builder.create_optimization_profile()
         for index in range(network.num_inputs):
             name = network.get_input(index).name
-            found = shapes(inputs[name], ranges, job.rank)
+            found = shapes(inputs[name], ranges)
             if found is not None:
                 profile.set_shape(name, *found)
         if config.add_optimization_profile(profile) != number:

@@ -58,12 +58,19 @@ def default_settings(max_positions: int, **given: int | float | str | None) -> S
     return made
 
 
-def profiles(settings: Settings, stages: Sequence[Stage], capable: Capabilities) -> list[dict[str, Range]]:
-    """Ranges of each named dimension, for prefill and for decoding. A call of one token is both."""
+def profiles(
+    settings: Settings, stages: Sequence[Stage], capable: Capabilities, adapters: bool = False, least: int = 1
+) -> list[dict[str, Range]]:
+    """Ranges of each named dimension, for prefill and for decoding. A call of one token is both.
+
+    adapters: whether there are inputs for them: one for all rows or one for each, of rank 0 (none) and above.
+    least: rows that the profiles allow in any case.
+    """
+    batch = max(least, settings.batch)
     top = settings.context
     usual = max(1, settings.prompt // 2)
-    prefill: dict[str, Range] = {"batch": (1, 1, settings.batch), "sequence": (1, usual, settings.prompt)}
-    decode: dict[str, Range] = {"batch": (1, 1, settings.batch), "sequence": (1, 1, 1)}
+    prefill: dict[str, Range] = {"batch": (1, 1, batch), "sequence": (1, usual, settings.prompt)}
+    decode: dict[str, Range] = {"batch": (1, 1, batch), "sequence": (1, 1, 1)}
     for group in range(len(stages) + 1):
         kept = max(1, round(usual * settings.keep)) if group else usual
         if group:
@@ -72,13 +79,16 @@ def profiles(settings: Settings, stages: Sequence[Stage], capable: Capabilities)
         past = (1, kept, top) if capable.cache_update else (0, kept, top)
         prefill[f"past_{group}"] = past if capable.cache_update else (0, 0, top)
         decode[f"past_{group}"] = past
+    if adapters:
+        ranks = {"adapters": (1, 1, batch), "rank": (0, max(1, settings.rank // 4), settings.rank)}
+        prefill, decode = prefill | ranks, decode | ranks
     return [prefill, decode]
 
 
-def shapes(value: ir.Value, profile: Mapping[str, Range], rank: int) -> tuple[list[int], list[int], list[int]] | None:
+def shapes(value: ir.Value, profile: Mapping[str, Range]) -> tuple[list[int], list[int], list[int]] | None:
     """Smallest, usual and largest shape of an input, None where it has no dynamic dimension.
 
-    Unknown dimensions of an input ``lora.*`` are ranks, 0 to ``rank``. Raises EngineError for another unknown one.
+    Raises EngineError for a dimension without a range.
     """
     dims = list(value.shape.dims) if value.shape is not None else []
     if all(isinstance(d, int) for d in dims):
@@ -90,8 +100,6 @@ def shapes(value: ir.Value, profile: Mapping[str, Range], rank: int) -> tuple[li
             found.append((name, name, name))
         elif name in profile:
             found.append(profile[name])
-        elif (value.name or "").startswith("lora."):
-            found.append((0, max(1, rank // 4), rank))
         else:
             raise EngineError(
                 f"input {value.name} has the dimension {name!a}, whose range is not known; expected one of "

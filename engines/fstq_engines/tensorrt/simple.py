@@ -1,10 +1,11 @@
-"""Passes: RotaryEmbedding and RMSNormalization written with operators that every TensorRT knows."""
+"""Passes: RotaryEmbedding and RMSNormalization written with operators that every TensorRT knows; constant sums."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PreconditionError
 
+from fstq_engines.graph import initializer
 from fstq_engines.tensorrt.emit import Emit, attribute
 
 FLOAT = ir.DataType.FLOAT
@@ -66,6 +67,25 @@ def _half(node: ir.Node, cos: ir.Value) -> int:
         producer = value.producer()
         value = producer.inputs[0] if producer is not None and producer.op_type in ("Cast", "Gather") else None
     raise PreconditionError(f"{node.name} reads {cos.name}, whose width is not known")
+
+
+class FoldSums(InPlacePass):
+    """Sums of two constants, as Gemma has them in each norm (1 + weight), become constants, before they are rounded."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        graph = model.graph
+        given = set(graph.inputs)
+        changed = False
+        for node in [node for node in graph if node.op_type == "Add" and not node.domain]:
+            tensors = [v.const_value for v in node.inputs if v is not None and v.is_initializer() and v not in given]
+            if len(tensors) != 2 or tensors[0] is None or tensors[1] is None:
+                continue
+            out = node.outputs[0]
+            made = initializer(graph, f"{out.name}.sum", tensors[0].numpy() + tensors[1].numpy())
+            ir.convenience.replace_all_uses_with(out, made, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+            changed = True
+        return PassResult(model, changed)
 
 
 class DecomposeNorms(InPlacePass):

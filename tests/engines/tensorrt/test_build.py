@@ -19,9 +19,11 @@ from fstq_engines import cache  # noqa: E402
 from fstq_engines.tensorrt import build, gpu, lint, lowering, memory, module, parse, settings  # noqa: E402
 from fstq_engines.tensorrt.capabilities import CONSERVATIVE, TABLE, capabilities  # noqa: E402
 
+from fstq_infer.adapters import tensors  # noqa: E402
 from fstq_infer.bundle import Bundle  # noqa: E402
 from fstq_infer.errors import EngineError, EngineMismatchError, OptionError  # noqa: E402
 from fstq_infer.runtime.load import build_engine  # noqa: E402
+from fstq_infer.runtime.trt_adapters import PROBES  # noqa: E402
 from tests.conftest import write_bundle  # noqa: E402
 from tests.engines.tensorrt.lowered import ROWS, lowered, session  # noqa: E402
 
@@ -125,14 +127,16 @@ def test_profiles_cover_prefill_and_decoding(tiny_bundle: Bundle) -> None:
 
 
 def test_adapters_have_a_range_of_ranks_and_other_dimensions_are_refused() -> None:
-    profile = {"batch": (1, 1, 4)}
-    a = ir.Value(name="lora.0.a", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([32, "rank"]))
-    assert settings.shapes(a, profile, 64) == ([32, 0], [32, 16], [32, 64])
+    asked = settings.Settings(1000, 400, 2)
+    assert "rank" not in settings.profiles(asked, (), CONSERVATIVE)[0]
+    profile = settings.profiles(asked, (), CONSERVATIVE, adapters=True)[1]
+    a = ir.Value(name="lora.0.a", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape(["adapters", 32, "rank"]))
+    assert settings.shapes(a, profile) == ([1, 32, 0], [1, 32, 16], [2, 32, 64])
     fixed = ir.Value(name="lora.0.scale", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([1]))
-    assert settings.shapes(fixed, profile, 64) is None
+    assert settings.shapes(fixed, profile) is None
     odd = ir.Value(name="odd", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape(["batch", "z"]))
     with pytest.raises(EngineError, match="dimension 'z'"):
-        settings.shapes(odd, profile, 64)
+        settings.shapes(odd, profile)
 
 
 def with_adapter(path: Path) -> ir.Model:
@@ -233,6 +237,39 @@ def test_an_engine_for_another_machine(dense: Bundle, rtx: Any, engine_cache: Pa
         build_engine(dense, "tensorrt-rtx", directory=path, options=options | {"context": 96})
     assert "--context 64" in str(caught.value) and "--context 96" in str(caught.value)
     assert "fstq build" in str(caught.value) and "--backend tensorrt-rtx" in str(caught.value)
+
+
+def test_a_bundle_with_adapters_builds(
+    tiny_graph: Path, rtx: Any, engine_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One stage; every linear layer takes an adapter of rank 0 to the bundle's, and adapters bring probes."""
+    from fstq_export.passes.pruning import PruneStage
+
+    from fstq_infer.fisher.probe import Probe
+    from fstq_infer.runtime.engine import Stage
+    from tests.conftest import HEADS, WIDTH
+    from tests.engines.tensorrt.adapted import adapted_bundle
+
+    stages = [PruneStage(Stage(2, 1, 4), Probe(WIDTH, HEADS).arrays())]
+    made = adapted_bundle(tiny_graph / "hf", tmp_path / "adapted", stages)
+    path = build_engine(made, "tensorrt-rtx", options=SMALL | {"target": "sm86", "batch": 2})
+    assert {p.name for p in path.iterdir()} == {"engine.json", "model.plan", PROBES}
+    details = json.loads((path / "engine.json").read_text())["details"]
+    assert all(p["rank"] == [0, 2, 8] and p["adapters"] == [1, 1, 2] for p in details["profiles"])
+    found, lora = tensors.read(path / PROBES), made.manifest.lora
+    assert lora is not None and {name: one.shape for name, one in found.items()} == lora.probes
+    lint.command(made.path, target="orin-nano", version=None, options=SMALL, json=False)
+    assert "it was not run" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_tensorrt_itself_builds_for_the_gpu_it_runs_on(dense: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find", lambda _: module.TensorRT(None, "tensorrt", "10.3.0"))
+    here = build.plan(dense, "tensorrt", {"target": "orin-nano"}, ORIN)
+    assert here.gpu is ORIN and here.build_sm is None and not here.gpu.elsewhere
+    with pytest.raises(
+        EngineError, match=r"runs on, SM 87 \(Orin\), not for thor \(SM 110\).*fstq lint .*--target thor"
+    ):
+        build.plan(dense, "tensorrt", {"target": "thor"}, ORIN)
 
 
 def test_without_options_the_engine_built_last_will_do(
