@@ -62,7 +62,7 @@ class Fstq(Runner):
         self.one = np.ones((1, len(self.stages)), np.int64)
 
     def prefill(self, ids: Sequence[int], new: int) -> int:
-        self.seen = len(ids)
+        self.seen, self.last = len(ids), None  # whose caches go before new ones are made
         keep = np.array([self.counts(self.seen)], np.int64).reshape(1, len(self.stages))
         given = np.array([ids], np.int64)
         self.last = self.engine.forward(given, np.arange(self.seen)[None], keep, self.engine.empty_cache(1))

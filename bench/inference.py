@@ -245,6 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = tuple(contender for contender in CONTENDERS if contender.name.startswith(prefixes))
     if not chosen:
         parser.error(f"no contender begins with {given.only!r}; there are {', '.join(c.name for c in CONTENDERS)}")
+    if given.only and given.runs == PARTIAL and not given.report:
+        parser.error("--only would leave parts of a comparison; name another folder with --runs")
     given.runs.mkdir(parents=True, exist_ok=True)
     for name in [] if given.report else given.shape.split(","):
         if name not in SHAPES:

@@ -90,9 +90,7 @@ def table(run: Run) -> str:
     ]
     for row in run["rows"]:
         if "ttft_s" not in row:
-            lines.append(
-                f"| {row['contender']} | {'skipped: ' if 'skipped' in row else 'failed: '}{_why(row)} |" + " |" * 8
-            )
+            lines.append(f"| {row['contender']} | {_why(row)} |" + " |" * 8)
             continue
         ahead = f"{peer['total_s'] / row['total_s']:.2f}" if peer else ""
         mark = "**" if row is peer else ""

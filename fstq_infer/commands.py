@@ -63,6 +63,14 @@ def build(
         out.print(f"profile: {profile}")
 
 
+def is_bundle(path: Path | str) -> bool:
+    """Whether a bundle lies there; a text that cannot be a path is none."""
+    try:
+        return (Path(path) / MANIFEST).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def run(
     path: Path,
     prompt: str,
@@ -77,10 +85,11 @@ def run(
 ) -> None:
     """``fstq run``."""
     text = standard_input() if prompt == "-" else argument(prompt)
-    if not path.is_dir() and (Path(prompt[:NAME]) / MANIFEST).is_file():
+    if is_bundle(prompt[:NAME]) and not is_bundle(path):
         raise BundleNotFoundError(f"{str(path)!a} is no bundle, {prompt!a} is: the bundle comes first, then the prompt")
     generator = Generator.load(path, backend=backend, threads=threads, adapter=adapter)
     given = {name: value for name, value in options.items() if value is not None}
+    given["stop"] = tuple(argument(end) for end in given.get("stop", ()))
     if json:
         result = (
             generator.chat([{"role": "user", "content": text}], **given) if chat else generator.generate(text, **given)
@@ -153,7 +162,7 @@ def chat(
 ) -> None:
     """``fstq chat``."""
     generator = Generator.load(path, backend=backend, threads=threads, adapter=adapter)
-    session = generator.session(system=system) if system else generator.session()
+    session = generator.session(system=argument(system)) if system else generator.session()
     given = {name: value for name, value in options.items() if value is not None}
     generator.options(given)
     while True:

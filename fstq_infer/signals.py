@@ -7,26 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+# Where the system has it, what a closed terminal sends; a program under nohup ignores it already.
+HANGUP = [getattr(signal, "SIGHUP")] if hasattr(signal, "SIGHUP") else []  # noqa: B009
+ENDING = (signal.SIGINT, signal.SIGTERM, *HANGUP)
 
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does: ``with`` and ``finally`` clean up. For the main thread."""
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that what cleans up runs. For the main thread."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [signal.SIGTERM, *(one for one in HANGUP if signal.getsignal(one) != signal.SIG_IGN)]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM do nothing meanwhile: for short cleaning up. For the main thread."""
+    """Ctrl-C, SIGTERM and SIGHUP do nothing meanwhile: for short cleaning up. For the main thread."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
     try:
         yield

@@ -4,7 +4,7 @@ ONNX Runtime's Attention reads a key-value head once for each query head. (B, H,
 are (B, G, H / G, D) just as well, and then it is read once. Of longer calls heads stay as they are: their mask would
 have to be repeated. Shapes decide at run time, so one graph serves both.
 
-One layer, 14 query and 2 key heads of 64, one thread, microseconds (onnxruntime 1.32), shared core, least of several:
+One layer, 14 query and 2 key heads of 64, one thread, microseconds (onnxruntime 1.32), one core, least of several:
 
 | cached | Attention | queries grouped |
 |---|---|---|

@@ -29,7 +29,7 @@ from fstq_infer.runtime.ort import MODEL, brief, import_onnxruntime, session_opt
 OPSET, IR_VERSION = 23, 10
 FEWEST, MOST, SECONDS = 3, 50, 0.5  # runs of a kernel, and after how many seconds no more are begun
 WARM = 2
-OTHERS = 64 << 20  # bytes that are read between two runs
+OTHERS = 256 << 20  # bytes that are read between two runs
 LARGEST = 1 << 29  # weights of a matrix that is measured; a model of one must stay below 2 GiB
 
 

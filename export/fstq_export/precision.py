@@ -52,7 +52,7 @@ class Result:
 
 
 class Planner:
-    """One run over a resident model whose weights are left as they were."""
+    """One run over a model whose weights are left as they were."""
 
     def __init__(self, decoder: Decoder, wanted: Precision, dtype: str, seed: int, progress: Progress) -> None:
         self.decoder, self.wanted, self.seed, self.progress = decoder, wanted, seed, progress

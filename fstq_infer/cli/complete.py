@@ -48,8 +48,13 @@ def backends(incomplete: str) -> list[str]:
     return _beginning(BACKENDS, incomplete)
 
 
+def own_targets(incomplete: str) -> list[str]:
+    """GPUs that ``fstq build`` makes engines for elsewhere."""
+    return _beginning(("sm86", "sm120"), incomplete)
+
+
 def targets(incomplete: str) -> list[str]:
-    """Devices that TensorRT engines are built for elsewhere."""
+    """Devices that ``fstq lint`` stands in for."""
     return _beginning(TARGETS, incomplete)
 
 

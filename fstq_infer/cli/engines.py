@@ -56,7 +56,7 @@ def build(
         str | None,
         typer.Option(
             help="tensorrt-rtx: build for this device (sm86, sm120), not for this machine's GPU.",
-            autocompletion=complete.targets,
+            autocompletion=complete.own_targets,
         ),
     ] = None,
     json: Json = False,

@@ -42,7 +42,7 @@ Batch = Annotated[int | None, typer.Option(help="TensorRT: most rows; default: 1
 LayerType = Annotated[
     str | None, typer.Option("--dtype", help="TensorRT: float16, bfloat16 or float32; default: float16.")
 ]
-Rank = Annotated[int | None, typer.Option(help="TensorRT: largest rank of an adapter; default: 64.")]
+Rank = Annotated[int | None, typer.Option(help="TensorRT: largest rank of an adapter; default: the bundle's.")]
 Adapter = Annotated[
     str | None,
     typer.Option(help="Name of one of the bundle's adapters; default: none.", autocompletion=complete.adapters),

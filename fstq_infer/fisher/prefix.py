@@ -35,8 +35,7 @@ class Prefix:
         with ExitStack() as stack:
             for number, module in enumerate(self.decoder.layers[: self.layer]):
                 if states is not None:
-                    module.forward = self._answer(states, self._shapes[number])  # hooks and attributes stay
-                    stack.callback(delattr, module, "forward")
+                    stack.enter_context(_instead(module, self._answer(states, self._shapes[number])))
                 else:
                     stack.callback(module.register_forward_hook(self._shape(number)).remove)
             if states is None:
@@ -61,3 +60,17 @@ class Prefix:
                 self._known[key] = states
 
         return hook
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Another forward for a while; hooks stay, and a forward that the instance has, as offloaded layers do, comes back."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -192,7 +192,7 @@ def converted(array: Array, matrix: Matrix, whose: str) -> Array:
     else:
         bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
         made = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
-    large = np.isinf(made) if matrix.kind != "BF16" else (made & 0x7FFF) >= 0x7F80
+    large = ~np.isfinite(made) if matrix.kind != "BF16" else (made & 0x7FFF) >= 0x7F80
     if large.any():
         raise EngineError(f"{whose} has weights that are too large for {matrix.name} in half precision")
     return made

@@ -129,8 +129,8 @@ def test_no_utf8(tmp_path: Path) -> None:
 
 
 def test_absent_file(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent", tmp_path):
-        refused(path, "does not exist")
+    refused(tmp_path / "absent", "does not exist")
+    refused(tmp_path, "is no file")
 
 
 def test_long_line(tmp_path: Path) -> None:

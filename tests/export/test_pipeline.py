@@ -196,7 +196,7 @@ def test_options_and_data_errors(llama: Path, calib: Path, tmp_path: Path) -> No
         (CalibrationDataError, "at least 24", Request(str(llama), tmp_path / "b", Recipe(), few)),
         (CalibrationDataError, "does not exist", Request(str(llama), tmp_path / "b", Recipe(), tmp_path / "no.jsonl")),
         (CalibrationDataError, "at least 24", Request(str(llama), tmp_path / "b", Recipe(), calib, max_prompt=2)),
-        (ExportError, "neither a folder", Request(str(tmp_path / "nothing-here"), tmp_path / "b")),
+        (ExportError, "does not exist", Request(str(tmp_path / "nothing-here"), tmp_path / "b")),
     ]
     for kind, words, request in cases:
         with pytest.raises(kind, match=words):

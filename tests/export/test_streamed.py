@@ -118,11 +118,18 @@ def test_a_model_with_linear_layers_of_its_own_stays_resident(tmp_path: Path, mo
 def test_a_large_model_is_exported_in_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """As if it were large: nothing is resident, and the written graph is that of the same codes."""
     folder = families.make("qwen2", tmp_path / "model", scale=0.5)
-    done = []
+    done, made, create = [], list[int](), StreamedLinear.__init__
+
+    def counted(self: StreamedLinear, *args: Any, **kwargs: Any) -> None:
+        made.append(1)
+        create(self, *args, **kwargs)
+
+    monkeypatch.setattr(StreamedLinear, "__init__", counted)
     for name, limit in (("resident", references.STREAM_ABOVE), ("streamed", 0)):
         monkeypatch.setattr(references, "STREAM_ABOVE", limit)
         request = pipeline.Request(str(folder), tmp_path / name, precision=Precision(form))
         done.append(pipeline.export(request))
+        assert bool(made) == (name == "streamed")
     resident, streamed = ((one.path / "model.onnx.data").read_bytes() for one in done)
     assert resident == streamed
     assert done[1].report["verification"]["dense"]["logits"] < 1e-3

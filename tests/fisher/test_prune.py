@@ -114,6 +114,22 @@ def test_a_known_prefix_changes_nothing(family: str, limit: int) -> None:
     assert all("forward" not in vars(layer) for layer in decoder.layers)
 
 
+def test_a_prefix_gives_back_a_forward_of_the_layers_own() -> None:
+    """As layers have it whose weights are offloaded."""
+    decoder = Decoder.of(tiny())
+    prefix, calls = Prefix(decoder, 1), []
+    plain = decoder.layers[0].forward
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    decoder.layers[0].forward = own
+    for _ in range(2):
+        pruned_outcome(decoder, ITEMS, (1,), lambda _stage, i, *_: kept(ITEMS[i], 0.5, i), prefix=prefix)
+    assert calls == [1] and vars(decoder.layers[0])["forward"] is own
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *OWN_ATTENTION])
 def test_keeping_everything_is_dense(family: str) -> None:
     decoder, batch = Decoder.of(tiny(family)), collate(ITEMS)

@@ -211,6 +211,7 @@ def compile_into(made: Plan, partial: Path, say: Any) -> dict[str, Any]:
         (partial / PROBES).write_bytes(tensors.encode(defaults))
     least = LEAST_BATCH.get(made.trt.product, 1)
     ranges = settings.profiles(asked, stages, capable, bundle.manifest.lora is not None, least)
+    asked = replace(asked, batch=max(asked.batch, least))
     traps.check_graph(model, capable, ranges)
     expected = memory.require(model, info, asked, available_memory())
     folder = partial / LOWERED

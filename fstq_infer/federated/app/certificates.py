@@ -51,7 +51,7 @@ def _certificate(name: str, key: Any, authority: Any) -> bytes:
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=365))
         .add_extension(x509.BasicConstraints(ca=own, path_length=None), critical=True)
     )
     if not own:

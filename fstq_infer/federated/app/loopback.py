@@ -40,6 +40,7 @@ class Loopback:
 
     def __exit__(self, *_: Any) -> None:
         with undisturbed():
+            self._end_gently("superlink")  # whose own processes have sessions of their own, and end with it
             for name in list(self.processes):
                 self.kill(name)
 
@@ -50,7 +51,10 @@ class Loopback:
             f"{self.folder}/server.key", "--ssl-ca-certfile", f"{self.folder}/ca.crt", "--enable-supernode-auth",
             "--disable-runtime-dependency-installation", "--port", str(self.port),
         )  # fmt: skip
-        self.wait(self._listens, 300)
+        try:
+            self.wait(self._listens, 300)
+        except TimeoutError as error:
+            raise StateError(f"the SuperLink does not listen after 300 s\n{error}") from error
 
     def supernode(self, name: str, settings: str, register: bool = True) -> None:
         """Start a node with a key of its own, which the SuperLink is told of first."""
@@ -73,9 +77,11 @@ class Loopback:
 
     def flwr(self, *arguments: str) -> str:
         """What a command of the ``flwr`` tool prints. Raises StateError where it fails."""
-        done = subprocess.run(
-            [str(BIN / "flwr"), *arguments], env=self._environment(), capture_output=True, text=True, timeout=300
-        )
+        command = [str(BIN / "flwr"), *arguments]
+        try:
+            done = subprocess.run(command, env=self._environment(), capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired as error:
+            raise StateError(f"'flwr {' '.join(arguments)}' did not end within 300 s") from error
         if done.returncode:
             raise StateError(f"'flwr {' '.join(arguments)}' failed: {done.stdout}{done.stderr}")
         return done.stdout
@@ -103,7 +109,15 @@ class Loopback:
                 raise TimeoutError(self.logs())
             time.sleep(pause)
 
+    def _end_gently(self, name: str) -> None:
+        if name in self.processes:
+            self.processes[name].terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.processes[name].wait(10)
+
     def _listens(self) -> bool:
+        if (ended := self.processes["superlink"].poll()) is not None:
+            raise StateError(f"the SuperLink has ended with {ended}\n{self.logs()}")
         try:
             socket.create_connection(("127.0.0.1", self.port), 1).close()
         except OSError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,9 +130,9 @@ def open_sinks(folder: Path, text: str, project: str, settings: Mapping[str, Any
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What JsonLines has written, oldest first."""
-    lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
-    return [json.loads(line) for line in lines]
+    """What JsonLines has written, oldest first, without a last line that is being written, or was cut off."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _known(figures: Figures) -> dict[str, float]:

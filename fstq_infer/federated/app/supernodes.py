@@ -60,11 +60,11 @@ def absolute(config: Config, resume: bool) -> Config:
 
 def _follow(link: Loopback, config: Config, rounds: Path, before: int, progress: Progress | None) -> None:
     seen, looks, adapter = before, 0, Path(config.output.folder) / "adapter"
-    old = adapter.stat().st_mtime_ns if adapter.exists() else None
+    old, rounds_old = modified(adapter), modified(rounds)
 
     def over() -> bool:
         nonlocal seen, looks
-        lines, looks = read_lines(rounds), looks + 1
+        lines, looks = read_lines(rounds) if before or modified(rounds) != rounds_old else [], looks + 1
         for line in lines[seen:]:
             if progress is not None:
                 progress(line["round"], line)
@@ -72,8 +72,8 @@ def _follow(link: Loopback, config: Config, rounds: Path, before: int, progress:
         for name, process in link.processes.items():
             if process.poll() is not None:
                 raise StateError(f"{name} has ended with {process.returncode}\n{link.logs()}")
-        new = adapter.exists() and adapter.stat().st_mtime_ns != old
-        if not new and looks % ASK_EVERY == 0 and _failed(link.flwr("list", LINK, "--format", "json")):
+        new = modified(adapter) not in (None, old)
+        if not new and looks % ASK_EVERY == 0 and _failed(link):
             raise StateError(f"the run has failed after {seen} rounds\n{link.logs()}")
         return new
 
@@ -83,6 +83,15 @@ def _follow(link: Loopback, config: Config, rounds: Path, before: int, progress:
         raise StateError(f"after {seen} rounds nothing more came\n{error}") from error
 
 
-def _failed(listed: str) -> bool:
-    """Whether a run in the list that ``flwr list`` prints has ended, and not well."""
+def modified(path: Path) -> int | None:
+    """When, in nanoseconds; None for what is not there."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _failed(link: Loopback) -> bool:
+    """Whether a run has ended, and not well; a SuperLink that does not answer now is asked again later."""
+    try:
+        listed = link.flwr("list", LINK, "--format", "json")
+    except StateError:
+        return False
     return any(run["status"] in ("finished:failed", "finished:stopped") for run in json.loads(listed)["runs"])
