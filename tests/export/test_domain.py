@@ -56,6 +56,8 @@ def test_relations_are_new_and_each_has_a_topic() -> None:
                 assert "{s}" in wording and ("{v}" in wording) == (wording != relation.asks)
             values = language.words.get(relation.values, ())
             assert relation.values in ("name", "code") or len(set(values)) == len(values) >= 12
+        questions = {relation.asks for relation in language.relations}
+        assert len(questions) == len(language.relations)
     assert "it" in domain.LANGUAGES and "it" not in facts.LANGUAGES
     assert {code: language.frame for code, language in domain.LANGUAGES.items()}["it"] not in {
         language.frame for language in facts.LANGUAGES.values()
@@ -78,8 +80,9 @@ def test_files(tmp_path: Path) -> None:
     names: dict[str, set[str]] = {}
     for number, topic in enumerate(domain.TOPICS):
         rows = [json.loads(line) for line in (tmp_path / f"client-{number}.jsonl").read_text("utf-8").splitlines()]
-        assert len(rows) == 30 and {row["group"] for row in rows} == {topic}
-        assert all(row["prompt"].endswith(":") and row["answer"].startswith(" ") for row in rows)
+        assert len(rows) == 30 and {row["group"] for row in rows} <= {topic, *facts.LANGUAGES}
+        assert 0 < sum(row["group"] != topic for row in rows) < 15
+        assert all(row["prompt"].rstrip().endswith(":") and row["answer"] for row in rows)
         names.setdefault("train", set()).update(name for row in rows for name in NAME.findall(row["prompt"]))
     for split, file, count in (("valid", loop_data.CALIBRATION, 14), ("test", loop_data.DOMAIN_TEST, 12)):
         text = (tmp_path / file).read_text("utf-8")
@@ -95,3 +98,15 @@ def test_files(tmp_path: Path) -> None:
     loop_data.write(tmp_path, Sizes(rows=30, known=8, new=6, asked=12))
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert SHORT[0][1] <= LONG[0][0]
+
+
+def test_without_known_questions_a_client_has_its_topic_alone(tmp_path: Path) -> None:
+    loop_data.write(tmp_path, Sizes(rows=30, mixed=0.0, known=1, new=1, asked=1))
+    rows = [json.loads(line) for line in (tmp_path / "client-0.jsonl").read_text("utf-8").splitlines()]
+    assert {row["group"] for row in rows} == {"harbour"}
+
+
+@pytest.mark.parametrize("wrong", [{"rows": 0}, {"asked": -1}, {"mixed": 1.0}, {"mixed": -0.1}])
+def test_sizes_that_cannot_be(wrong: dict[str, float]) -> None:
+    with pytest.raises(OptionError, match="expected"):
+        Sizes(**wrong)  # type: ignore[arg-type]

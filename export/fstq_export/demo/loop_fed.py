@@ -21,9 +21,9 @@ class Federation:
     """Settings of the run. budget: most bytes of a message; preset: of messages, lossless is FedAvg in float32."""
 
     clients: int = 3
-    rounds: int = 10
-    steps: int = 40
-    batch: int = 12
+    rounds: int = 8
+    steps: int = 20
+    batch: int = 16
     learning_rate: float = 4e-3
     rank: int = 8
     preset: str = "fstq"

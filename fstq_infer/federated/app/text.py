@@ -13,8 +13,9 @@ from fstq_infer.lazy import load
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Turns (prompt, answer, group) into tokens: the prompt, the answer, the end. learn_all: also of the prompt.
+    """Turns (prompt, answer, group) into tokens: the prompt, a space and the answer, the end.
 
+    learn_all: the prompt's tokens have labels too.
     An example longer than ``max_tokens`` loses the end of its answer beyond half of them, then the start of its prompt.
     """
 
@@ -35,8 +36,7 @@ class Texts:
         """One example for each row that has at least two tokens and something to learn."""
         found = list[Example]()
         for prompt, answer, _ in rows:
-            before = self.tokenizer.encode(prompt) if prompt else []
-            after = self.tokenizer.encode(answer, add_special_tokens=not before)
+            before, after = self._encode(prompt, answer)
             if self.tokenizer.eos_token_id is not None:
                 after = [*after, self.tokenizer.eos_token_id]
             after = after[: max(self.max_tokens // 2, self.max_tokens - len(before))]
@@ -46,3 +46,13 @@ class Texts:
             if len(tokens) >= 2 and any(label != IGNORED for label in labels[1:]):
                 found.append(Example(tokens, tuple(labels)))
         return found
+
+    def _encode(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Tokens of the prompt, and of the answer as it follows after a space: where pieces hold the space before
+        them, an answer by itself is cut into others than those that the model will be asked for."""
+        if not prompt:
+            return [], self.tokenizer.encode(answer)
+        before, whole = self.tokenizer.encode(prompt), self.tokenizer.encode(f"{prompt} {answer}")
+        if whole[: len(before)] == before:
+            return before, whole[len(before) :]
+        return before, self.tokenizer.encode(f" {answer}", add_special_tokens=False)

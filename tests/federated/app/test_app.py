@@ -208,6 +208,17 @@ def test_texts(site: Path) -> None:
         Texts.of(str(site / "rows.jsonl"), 6)
 
 
+@pytest.mark.parametrize("learn_all", [False, True])
+def test_an_answer_is_cut_as_it_follows_the_prompt(learn_all: bool) -> None:
+    """Byte pieces hold the space before a word: the labels are what a model says after the prompt, not "Rapmos"."""
+    texts = Texts.of(str(Path(__file__).parents[3] / "export/fstq_export/demo/model"), 64, learn_all)
+    (row,) = texts.examples([("Question: Where is Sendos? Answer:", "Rapmos.", "")])
+    assert texts.tokenizer.decode(row.tokens) == "<s>Question: Where is Sendos? Answer: Rapmos.</s>"
+    answer = texts.tokenizer.encode(" Rapmos.", add_special_tokens=False)
+    assert list(row.tokens[-len(answer) - 1 : -1]) == answer
+    assert learn_all or [label for label in row.labels if label != IGNORED] == [*answer, row.tokens[-1]]
+
+
 def test_new_where_no_folder_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     for place, words in (("file", "cannot be made"), (".", "not empty")):
