@@ -64,7 +64,7 @@ class Prefix:
 
 @contextmanager
 def _instead(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Another forward for a while; hooks stay, and a forward that the instance has, as offloaded layers do, comes back."""
+    """Another forward for a while; hooks stay, and a forward that the instance had (offloaded layers) comes back."""
     before = vars(module).get("forward")
     module.forward = forward
     try:

@@ -14,7 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tomllib
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 pytest.importorskip("torch", reason="the loop needs the 'export' extra")
 pytest.importorskip("mobius", reason="the loop needs the 'export' extra")

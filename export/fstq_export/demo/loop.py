@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,7 @@ from fstq_export.wanted import Precision
 from fstq_infer import machine
 from fstq_infer.atomic import replace_file
 from fstq_infer.errors import FstqError, OptionError
+from fstq_infer.machine import check_threads
 from fstq_infer.runtime.generate import Generator
 from fstq_infer.signals import interrupted_by_sigterm
 
@@ -66,8 +66,6 @@ def loop(folder: Path, wanted: Loop, python: Path, command: str) -> dict[str, An
     began = time.monotonic()
     files = folder / "data"
     loop_data.write(files, wanted.sizes)
-    if (folder / loop_fed.FOLDER).exists():
-        shutil.rmtree(folder / loop_fed.FOLDER)
     out.rule(f"{wanted.federation.clients} clients, a topic each, train an adapter")
     federation = loop_fed.run(folder, MODEL, files, wanted.federation, python, wanted.supernodes)
     out.print(
@@ -189,12 +187,13 @@ def main(arguments: list[str] | None = None) -> None:
             not given["one_process"],
             given["threads"],
         )
+        check_threads(wanted.threads)
         command = shlex.join(
             ["python", "-m", "fstq_export.demo.loop", *(sys.argv[1:] if arguments is None else arguments)]
         )
         with interrupted_by_sigterm():
             show(loop(given["out"], wanted, given["python"], command), given["out"])
-    except FstqError as error:
+    except (FstqError, OSError) as error:
         Console(stderr=True, markup=False, soft_wrap=True).print(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from fstq_infer.atomic import replace_file
 from fstq_infer.errors import OptionError, StateError
 
 CONFIG, FOLDER = "federation.toml", "federation"
+MARKS = ("rounds.jsonl", "server.safetensors", "clients", "adapter")  # one of them is in every such folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,19 @@ class Federation:
     preset: str = "fstq"
     budget: int = 16_384
 
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.steps, self.batch, self.rank, self.budget) < 1 or self.learning_rate <= 0:
+            raise OptionError(
+                f"rounds {self.rounds}, steps {self.steps}, batch {self.batch}, rank {self.rank}, "
+                f"budget {self.budget}, learning rate {self.learning_rate:g}: expected numbers above 0"
+            )
+
     def config(self, model: Path, data: Path) -> str:
         """The configuration that ``fstq fed run`` reads, in TOML; docs/federated.md has its keys."""
         budget = "" if self.preset == "lossless" else f"bytes = {self.budget}\n"
         return (
-            f"[model]\npath = {json.dumps(str(model))}\nrank = {self.rank}\n\n"
-            f'[data]\npath = {json.dumps(str(data / CLIENT))}\npartition = "own"\nholdout = 0.0\n\n'
+            f"[model]\npath = {json.dumps(str(model), ensure_ascii=False)}\nrank = {self.rank}\n\n"
+            f'[data]\npath = {json.dumps(str(data / CLIENT), ensure_ascii=False)}\npartition = "own"\nholdout = 0.0\n\n'
             f"[train]\nsteps = {self.steps}\nbatch = {self.batch}\nlearning_rate = {self.learning_rate}\n\n"
             f"[messages]\npreset = {json.dumps(self.preset)}\n{budget}\n"
             f"[server]\nrounds = {self.rounds}\n\n"
@@ -52,10 +61,19 @@ def run(out: Path, model: Path, data: Path, wanted: Federation, python: Path, su
     """
     if not python.exists():
         raise OptionError(f"there is no interpreter {python}. 'make loop' makes one that has Flower.")
+    clear(out / FOLDER)
     out.mkdir(parents=True, exist_ok=True)
     place = out / CONFIG
     replace_file(place, wanted.config(model.absolute(), data.absolute()).encode())
-    command = [str(python), "-m", "fstq_infer", "fed", "run", str(place), *(["--supernodes"] if supernodes else [])]
+    command = [
+        str(python.absolute()),
+        "-m",
+        "fstq_infer",
+        "fed",
+        "run",
+        str(place),
+        *(["--supernodes"] if supernodes else []),
+    ]
     process = subprocess.Popen(command, stdout=sys.stderr)
     try:
         code = process.wait()
@@ -65,6 +83,17 @@ def run(out: Path, model: Path, data: Path, wanted: Federation, python: Path, su
     if code:
         raise StateError(f"the federation ended with {code}; above it says why. Run again: {' '.join(command)}")
     return figures(out / FOLDER)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier federation left; OptionError for a folder that none has written."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise OptionError(f"{folder} is no folder of a federation; name another place with --out")
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not any((folder / name).exists() for name in MARKS):
+        raise OptionError(f"{folder} holds something else than a federation; name another place with --out")
+    shutil.rmtree(folder)
 
 
 def end(process: subprocess.Popen[bytes], seconds: float = 60) -> None:

@@ -73,7 +73,7 @@ def _follow(link: Loopback, config: Config, rounds: Path, before: int, progress:
             if process.poll() is not None:
                 raise StateError(f"{name} has ended with {process.returncode}\n{link.logs()}")
         new = modified(adapter) not in (None, old)
-        if not new and looks % ASK_EVERY == 0 and _failed(link):
+        if not new and looks % ASK_EVERY == 0 and _failed(_listed(link)):
             raise StateError(f"the run has failed after {seen} rounds\n{link.logs()}")
         return new
 
@@ -88,10 +88,14 @@ def modified(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def _failed(link: Loopback) -> bool:
-    """Whether a run has ended, and not well; a SuperLink that does not answer now is asked again later."""
+def _listed(link: Loopback) -> str:
+    """The runs in JSON; none where the SuperLink does not answer now, which is asked again later."""
     try:
-        listed = link.flwr("list", LINK, "--format", "json")
+        return link.flwr("list", LINK, "--format", "json")
     except StateError:
-        return False
+        return '{"runs": []}'
+
+
+def _failed(listed: str) -> bool:
+    """Whether a run in the list that ``flwr list`` prints has ended, and not well."""
     return any(run["status"] in ("finished:failed", "finished:stopped") for run in json.loads(listed)["runs"])

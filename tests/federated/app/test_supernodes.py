@@ -11,7 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-import tomllib
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 pytest.importorskip("flwr", reason="a deployment needs the 'federated' extra")
 pytest.importorskip("flwr_datasets", reason="dividing rows needs the 'federated' extra")
