@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ from fstq_infer.bundle import (
     Pruning,
 )
 from fstq_infer.runtime.engine import Stage
+
+# In the background of a shell, Ctrl-C is ignored, and so it would be by the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EXTRAS = ("torch", "transformers", "mobius", "onnx_ir", "tokenizers", "onnxruntime")
 STAGES = (Stage(1, 1, 4), Stage(3, 2, 3))
