@@ -321,7 +321,7 @@ def test_a_timing_cache_of_another_gpu_is_measured_anew(tmp_path: Path) -> None:
             return timing != b"other"
 
     config, path = Config(), tmp_path / "timing"
-    job = parse.Job(tmp_path, None, [], 1, timing_cache=path)  # type: ignore[arg-type]
+    job = parse.Job(tmp_path, None, [], timing_cache=path)  # type: ignore[arg-type]
     assert parse._timing(None, job, config) == b""
     path.write_bytes(b"mine")
     assert parse._timing(None, job, config) == b"mine" == config.kept

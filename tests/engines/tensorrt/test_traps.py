@@ -65,7 +65,7 @@ def rtx() -> module.TensorRT:
 
 def compiled(rtx: module.TensorRT, model: Any, folder: Path) -> Path:
     ir.save(model, folder / "model.onnx")
-    job = parse.Job(folder / "model.onnx", model, [graphs.USUAL], 64, sm=86)
+    job = parse.Job(folder / "model.onnx", model, [graphs.USUAL], sm=86)
     parse.compile_plan(rtx, job, folder / "plan", lambda _: None)
     return folder / "plan"
 
