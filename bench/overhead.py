@@ -44,7 +44,7 @@ def main() -> None:
     generator = Generator.load(sys.argv[1])
     engine: Any = generator.engine
     timed = Timed(engine._caches.graph.session)
-    engine._caches.graph.session = timed
+    engine._caches.graph.session = engine._session = timed
     rows = []
     for name, options in {
         "greedy": {"temperature": 0.0},
