@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,3 +95,27 @@ class Engine(Protocol):
         A cache holds what its adapters made of the tokens: go on from it with the same ones. Raises EngineError for an
         engine without inputs for adapters, and for rows whose adapters bring different probes.
         """
+
+
+E = TypeVar("E", bound=Engine)
+
+
+class Adapted(Generic[E]):
+    """What an engine with adapters given says of itself: what the engine itself says."""
+
+    _engine: E
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The graph's pruning stages, in layer order."""
+        return self._engine.stages
+
+    @property
+    def max_positions(self) -> int:
+        """Longest context in tokens, generated ones included."""
+        return self._engine.max_positions
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._engine.vocab_size

@@ -19,7 +19,7 @@ from fstq_infer.adapters.store import Adapter
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, MissingExtraError, OptionError, suggestion
 from fstq_infer.machine import check_threads, physical_cores
-from fstq_infer.runtime.engine import Engine, Int64, Stage, Step, check_call
+from fstq_infer.runtime.engine import Adapted, Engine, Int64, Stage, Step, check_call
 from fstq_infer.runtime.ort_adapters import Bound, Matrices
 from fstq_infer.runtime.ort_caches import (
     LENGTHS,
@@ -221,7 +221,7 @@ class OrtEngine:
         self._given = arrays  # keeps the memory; an array that had to be copied is not the caller's and never matches
 
 
-class OrtAdapted:
+class OrtAdapted(Adapted[OrtEngine]):
     """An :class:`OrtEngine` whose graph has inputs for adapters, with adapters given."""
 
     def __init__(self, engine: OrtEngine, bound: Bound) -> None:
@@ -229,21 +229,6 @@ class OrtAdapted:
         if bound.probes and engine._probed is None:
             engine._probed = engine._make_caches(bound.probes)
         self._caches = engine._probed if bound.probes and engine._probed is not None else engine._caches
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """The graph's pruning stages, in layer order."""
-        return self._engine.stages
-
-    @property
-    def max_positions(self) -> int:
-        """Longest context in tokens, generated ones included."""
-        return self._engine.max_positions
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        return self._engine.vocab_size
 
     def empty_cache(self, batch: int) -> ReturnedCache | SharedCache:
         """A cache without tokens for as many rows as there are adapters, or for any number where there is one."""

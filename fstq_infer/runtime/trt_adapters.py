@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fstq_infer.adapters import tensors
 from fstq_infer.errors import AdapterFormatError, EngineError
 from fstq_infer.runtime.cuda import TO_DEVICE, Cuda
-from fstq_infer.runtime.engine import Int64, Stage, Step
+from fstq_infer.runtime.engine import Adapted, Int64, Step
 from fstq_infer.runtime.trt_buffers import TrtCache, finally_call
 from fstq_infer.runtime.trt_ports import Matrix, Ports
 
@@ -106,26 +106,11 @@ class Matrices:
         return Given(self._cuda, self._stream, arrays, len(rows), next(self._count))
 
 
-class TrtAdapted:
+class TrtAdapted(Adapted["TrtEngine"]):
     """A :class:`TrtEngine` with adapters given."""
 
     def __init__(self, engine: TrtEngine, given: Given) -> None:
         self._engine, self._given = engine, given
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """The graph's pruning stages, in layer order."""
-        return self._engine.stages
-
-    @property
-    def max_positions(self) -> int:
-        """Longest context in tokens, generated ones included: what the engine was built for."""
-        return self._engine.max_positions
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        return self._engine.vocab_size
 
     def empty_cache(self, batch: int) -> TrtCache:
         """A cache without tokens for as many rows as there are adapters, or for any number where there is one."""

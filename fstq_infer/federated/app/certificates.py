@@ -1,4 +1,4 @@
-"""Certificates and node keys for processes on loopback, valid for a day; docs/federated.md has those for devices."""
+"""Certificates and node keys for processes on loopback, valid for a year; docs/federated.md has those for devices."""
 
 from __future__ import annotations
 
