@@ -1,6 +1,7 @@
 """Is the quality contract honest? Random recipes; what each bundle claims against what fresh items show.
 
-python bench/contract.py      about an hour on 2 cores; writes results/contract.json
+python bench/contract.py                  about an hour on 2 cores; writes results/contract.json
+python bench/contract.py --partial DIR    keeps what each recipe showed in DIR, and goes on from there
 
 Calibrations run as ``fstq export`` runs them, without writing the graph: what a bundle claims is decided there. A
 recipe draws model, data, number of items, prompt lengths, prune layer and seed; the allowed drop is 1 %.
@@ -9,6 +10,7 @@ recipe draws model, data, number of items, prompt lengths, prune layer and seed;
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import tempfile
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from fstq_export.recipe import Recipe
 from fstq_export.reference import reference
 from quality_tasks import RECALL, questions
 
+from fstq_infer.atomic import replace_file
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.prune import pruned_outcome
@@ -82,27 +85,43 @@ def fresh_drops(decoder: Decoder, calibrator: Calibrator, result: Any, items: li
     return {name: drop(dense, outcome(count), dense.metric) for name, count in claimed.items()}
 
 
+def measure(rng: random.Random) -> dict[str, Any]:
+    """A recipe, what its bundle would claim, and what fresh items show."""
+    with tempfile.TemporaryDirectory(prefix="fstq-bench-") as scratch:
+        name, model, examples, fresh, recipe = drawn(rng, Path(scratch))
+    found = source.resolve(str(model), None)
+    tokens = source.tokenizer(found)
+    with reference(found, stream=False) as decoder:
+        parts = split([data.encode(tokens, e) for e in examples], recipe.seed)
+        calibrator = Calibrator(decoder, parts, recipe, lambda *_: None)
+        result = calibrator.run()
+        row: dict[str, Any] = {"model": name, "items": len(examples), "prune_layer": recipe.prune_layer}
+        row |= {"layer": result.layers[0], "keep": result.keep, "claimed_drop": result.drop, "seed": recipe.seed}
+        row["mass"] = None if result.auto is None else result.auto.mass
+        return row | fresh_drops(decoder, calibrator, result, [data.encode(tokens, e) for e in fresh])
+
+
+def remembered(seed: int, number: int, partial: Path | None) -> dict[str, Any]:
+    """:func:`measure` of a seed's recipe, or what it found before and left in ``partial``."""
+    path = None if partial is None else partial / f"recipe-{seed}-{number}.json"
+    if path is not None and path.exists():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    row = measure(random.Random(f"{seed}-{number}"))
+    if path is not None:
+        replace_file(path, json.dumps(row).encode())
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", type=int, default=RECIPES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--partial", type=Path, help="folder of what has been measured so far")
     arguments = parser.parse_args()
-    rng, rows = random.Random(arguments.seed), []
+    rows = []
     for number in range(arguments.recipes):
-        with tempfile.TemporaryDirectory(prefix="fstq-bench-") as scratch:
-            name, model, examples, fresh, recipe = drawn(rng, Path(scratch))
-        found = source.resolve(str(model), None)
-        tokens = source.tokenizer(found)
-        with reference(found, stream=False) as decoder:
-            parts = split([data.encode(tokens, e) for e in examples], recipe.seed)
-            calibrator = Calibrator(decoder, parts, recipe, lambda *_: None)
-            result = calibrator.run()
-            row: dict[str, Any] = {"model": name, "items": len(examples), "prune_layer": recipe.prune_layer}
-            row |= {"layer": result.layers[0], "keep": result.keep, "claimed_drop": result.drop, "seed": recipe.seed}
-            row["mass"] = None if result.auto is None else result.auto.mass
-            row |= fresh_drops(decoder, calibrator, result, [data.encode(tokens, e) for e in fresh])
-        rows.append(row)
-        print(f"{number + 1} of {arguments.recipes}: {row}", flush=True)
+        rows.append(remembered(arguments.seed, number, arguments.partial))
+        print(f"{number + 1} of {arguments.recipes}: {rows[-1]}", flush=True)
     write(
         "contract",
         f"python bench/contract.py --recipes {arguments.recipes} --seed {arguments.seed}",
