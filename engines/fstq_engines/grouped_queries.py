@@ -15,7 +15,7 @@ One layer, 14 query and 2 key heads of 64, one thread, microseconds (onnxruntime
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,20 +31,27 @@ class GroupedQueries:
         self.graph = graph
         self._shared: dict[tuple[ir.Value, int, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
 
-    def attention(
+    def way(
         self,
         tape: ir.tape.Tape,
         states: Sequence[ir.Value | None],
         mask: ir.Value | None,
         heads: tuple[int, int] | None,
         attributes: dict[str, Any],
-    ) -> ir.Value:
-        """(B, H, S, D). states: queries, keys and values, heads apart. heads: H and G, None where not known."""
+    ) -> Callable[[ir.tape.Tape], ir.Value]:
+        """What makes (B, H, S, D) on a tape; ``tape`` gets what is shared, which comes before all that is so made.
+
+        states: queries, keys and values, heads apart. heads: H and G, None where not known.
+        """
         if mask is None or heads is None or heads[0] == heads[1] or heads[0] % heads[1] or not _one_for_all(mask):
-            return tape.op("Attention", [*states, mask], attributes)
+            return lambda inner: inner.op("Attention", [*states, mask], attributes)
         apart, together, rows = self._shapes(tape, mask, *heads)
-        query = tape.op("Reshape", [states[0], together])
-        return tape.op("Reshape", [tape.op("Attention", [query, *states[1:], rows], attributes), apart])
+
+        def grouped(inner: ir.tape.Tape) -> ir.Value:
+            query = inner.op("Reshape", [states[0], together])
+            return inner.op("Reshape", [inner.op("Attention", [query, *states[1:], rows], attributes), apart])
+
+        return grouped
 
     def _shapes(self, tape: ir.tape.Tape, mask: ir.Value, heads: int, groups: int) -> tuple[ir.Value, ...]:
         """(shape of the queries as they were, shape of grouped ones, mask of grouped ones)."""

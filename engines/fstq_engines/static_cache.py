@@ -2,8 +2,8 @@
 
 Concatenation of past and new becomes TensorScatter (opset 24) into a buffer that is graph input and output at once; a
 new input ``past_lengths`` (groups,) says where each group's free columns begin. Masks need no change: they come from
-positions, and those of free columns are -1. Heads are apart then, and can be grouped: see
-:mod:`fstq_engines.grouped_queries`.
+positions, and those of free columns are -1. Heads are apart then, and columns known to be in order: see
+:mod:`fstq_engines.grouped_queries` and :mod:`fstq_engines.causal_blocks`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PreconditionError
 
+from fstq_engines.causal_blocks import CausalBlocks
 from fstq_engines.graph import initializer
-from fstq_engines.grouped_queries import GroupedQueries
 from fstq_infer.runtime.ort_caches import LENGTHS
 
 OPSET = 24
@@ -61,19 +61,19 @@ class StaticCache(InPlacePass):
         lengths = ir.Value(name=LENGTHS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([groups]))
         tape = ir.tape.Tape()
         rows = tape.op("Shape", [graph.inputs[0]], {"start": 0, "end": 1})
-        at = []
+        before, at = [], []
         for group in range(groups):
-            own = tape.op("Slice", [lengths, _constant(graph, group), _constant(graph, group + 1)])
-            at.append(tape.op("Expand", [own, rows]))
+            before.append(tape.op("Slice", [lengths, _constant(graph, group), _constant(graph, group + 1)]))
+            at.append(tape.op("Expand", [before[group], rows]))
         graph.insert_before(graph[0], tape.nodes)
         first = next(i for i, value in enumerate(graph.inputs) if (value.name or "").startswith("past_"))
         graph.inputs.insert(first, lengths)
         outputs = {value.name: value for value in graph.outputs}
         for group in range(groups):
             self._positions(graph, group, at[group], outputs[f"present_positions.{group}"])
-        grouped = GroupedQueries(graph)
+        blocks = CausalBlocks(graph)
         for node in [node for node in graph if node.op_type == "Attention" and _cached(node) is not None]:
-            self._attention(graph, node, at, grouped)
+            self._attention(graph, node, before, at, blocks)
         return PassResult(model, True)
 
     def _positions(self, graph: ir.Graph, group: int, at: ir.Value, present: ir.Value) -> None:
@@ -87,7 +87,14 @@ class StaticCache(InPlacePass):
         for value in (past, made):
             value.shape = ir.Shape(["batch", f"room_{group}"])
 
-    def _attention(self, graph: ir.Graph, node: ir.Node, at: Sequence[ir.Value], grouped: GroupedQueries) -> None:
+    def _attention(
+        self,
+        graph: ir.Graph,
+        node: ir.Node,
+        before: Sequence[ir.Value],
+        at: Sequence[ir.Value],
+        blocks: CausalBlocks,
+    ) -> None:
         query, key, value, mask, past_key, past_value = node.inputs[:6]
         match = _cached(node)
         if match is None or past_key is None or past_value is None:
@@ -105,7 +112,8 @@ class StaticCache(InPlacePass):
         ]
         known = (heads[0], heads[-1]) if heads else None
         given = {name: attribute.value for name, attribute in attributes.items()}
-        out = grouped.attention(tape, [states[0], *made], mask, known, given)
+        name = f"fstq/attention/{match.group(1)}"
+        out = blocks.attention(tape, name, [states[0], *made], mask, before[group], known, given)
         if heads:
             out = tape.op("Reshape", [tape.op("Transpose", [out], {"perm": [0, 2, 1, 3]}), _constant(graph, 0, 0, -1)])
         shape = past_key.shape

@@ -62,6 +62,8 @@ def check_call(input_ids: Int64, position_ids: Int64, keep: Int64, batch: int, s
         )
     if keep.shape != (batch, stages):
         raise EngineError(f"keep has the shape {keep.shape}, expected {(batch, stages)}: rows, pruning stages")
+    if shape[1] > 1 and (position_ids[:, 1:] < position_ids[:, :-1]).any():
+        raise EngineError("positions fall within a row; expected padding (-1) in front, then ascending positions")
 
 
 class Engine(Protocol):

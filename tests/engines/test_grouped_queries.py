@@ -32,7 +32,7 @@ def graph(heads: int, groups: int, known: tuple[int, int] | None, axis: int | No
         mask = tape.op("Unsqueeze", [flat, initializer(made, "axes", np.array([axis], np.int64))])
     out = inputs[0]
     for _ in range(layers):
-        out = grouped.attention(tape, [out, *inputs[1:]], mask, known, {"scale": 0.3})
+        out = grouped.way(tape, [out, *inputs[1:]], mask, known, {"scale": 0.3})(tape)
     out.name, out.type, out.shape = "y", ir.TensorType(F), ir.Shape(["b", heads, "q", WIDTH])
     made.extend(tape.nodes)
     made.outputs.append(out)

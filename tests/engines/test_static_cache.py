@@ -13,6 +13,7 @@ pytest.importorskip("onnxruntime", reason="the ONNX Runtime backend needs the 'o
 ir = pytest.importorskip("onnx_ir", reason="building an engine needs the 'ort' extra")
 
 from fstq_engines import ort  # noqa: E402
+from fstq_engines.causal_blocks import BLOCKS  # noqa: E402
 from fstq_engines.static_cache import OPSET, StaticCache, probe_model  # noqa: E402
 from onnx_ir.passes import PreconditionError  # noqa: E402
 
@@ -33,9 +34,13 @@ def test_every_cache_is_scattered_into_and_nothing_else_changes(model: Any, tiny
     ends = [[value.name for value in side] for side in (model.graph.inputs, model.graph.outputs)]
     after = Counter(node.op_type for node in StaticCache([1, 3])(model).model.graph)
     layers, groups = tiny_bundle.manifest.model.layers, 3
-    assert after["TensorScatter"] == 2 * layers + groups and after["Attention"] == before["Attention"] == layers
+    assert after["TensorScatter"] == 2 * layers + groups and after["If"] == before["Attention"] == layers
+    for node in (node for node in model.graph if node.op_type == "If"):
+        inner = [Counter(n.op_type for n in branch.value) for branch in node.attributes.values()]
+        assert sorted(counts["Attention"] for counts in inner) == [1, BLOCKS]
     assert after["Concat"] == before["Concat"] - groups
     changed = {"TensorScatter", "Concat", "Slice", "Expand", "Shape", "Reshape", "Transpose", "Where", "Equal"}
+    changed |= {"If", "Attention", "Squeeze", "GreaterOrEqual"}
     assert {op for op in before | after if before[op] != after[op]} <= changed
     inputs, outputs = ([value.name for value in side] for side in (model.graph.inputs, model.graph.outputs))
     assert outputs == ends[1] and [name for name in inputs if name != LENGTHS] == ends[0] and LENGTHS in inputs
