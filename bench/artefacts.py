@@ -21,7 +21,12 @@ from fstq_infer.quant.plan import Group, Plan
 
 HERE = Path(__file__).resolve().parent
 # Formats of the layers and of the one table that is embedding and head; see docs/performance.md for what was tried.
-PLANS = {"w8": ("int8-dynamic", "int8"), "w8h4": ("int8-dynamic", "int4-32"), "w4": ("int4-128", "int4-32")}
+PLANS = {
+    "w8": ("int8-dynamic", "int8"),
+    "w8h4": ("int8-dynamic", "int4-32"),
+    "w4": ("int4-128", "int4-128"),
+    "w4+8": ("int4-128-dynamic", "int4-128"),
+}
 GENAI = ("prune_lm_head=true", "shared_embeddings=true", "fuse_mlp_gate_up=true")
 BUILDERS = {
     "fp32": ("fp32",),

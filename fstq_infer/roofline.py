@@ -16,6 +16,7 @@ from fstq_infer.quant.formats import FORMATS
 
 HALF = 2  # bytes of an activation and of a cached number
 COMPUTES_IN = {"fp32": "fp32", "int8-dynamic": "int8", "fp8": "fp8", "nvfp4": "fp4"}  # all others: fp16
+SAME = {"int4-128-dynamic": "int4-128"}  # on devices: the int8 copy is for a CPU's kernels
 DEVICE_FORMATS = {"fp8": (8, 0), "nvfp4": (4, 16)}  # (bits, weights that share a scale of 8 bits), on devices only
 
 
@@ -35,6 +36,7 @@ def linear_seconds(profile: Profile, n: int, k: int, format: str, tokens: int) -
 
     Raises OptionError for a format that is unknown or that the device does not have.
     """
+    format = SAME.get(format, format)
     moved = weight_bytes(n, k, format) + tokens * (n + k) * HALF
     if format not in profile.formats:
         raise OptionError(f"{profile.title} (SM {profile.sm}) has no {format}; it has {', '.join(profile.formats)}")

@@ -29,10 +29,13 @@ BLOCKS, LEAST = 8, 256  # of a call's tokens, and for how many it is done
 
 
 class CausalBlocks:
-    """Makes Attention nodes of one graph; shorter calls compute as :class:`GroupedQueries` has it."""
+    """Makes Attention nodes of one graph; shorter calls compute as :class:`GroupedQueries` has it.
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph, self.grouped = graph, GroupedQueries(graph)
+    single: whether queries are float32.
+    """
+
+    def __init__(self, graph: ir.Graph, single: bool = False) -> None:
+        self.graph, self.grouped = graph, GroupedQueries(graph, single)
         self._long: dict[ir.Value, ir.Value] = {}
 
     def attention(

@@ -23,12 +23,18 @@ import onnx_ir as ir
 
 from fstq_engines.graph import initializer
 
+LOWEST = float(np.finfo(np.float32).min)
+
 
 class GroupedQueries:
-    """Makes Attention nodes of one graph; what nodes with the same mask need is computed once."""
+    """Makes Attention nodes of one graph; what nodes with the same mask need is computed once.
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
+    single: whether queries are float32. Masks of grouped ones are numbers then: reading truth values costs a layer 6 us
+    of 27 at 320 cached tokens and 32 of 82 at 1,088 (two threads).
+    """
+
+    def __init__(self, graph: ir.Graph, single: bool = False) -> None:
+        self.graph, self.single = graph, single
         self._shared: dict[tuple[ir.Value, int, int], tuple[ir.Value, ir.Value, ir.Value]] = {}
 
     def way(
@@ -65,8 +71,12 @@ class GroupedQueries:
             apart = where((0, heads, 1, -1), (0, 0, 0, -1))
             together = where((0, groups, heads // groups, -1), (0, 0, 0, -1))
             repeats = where((1, 1, heads // groups, 1), (1, 1, 1, 1))
-            self._shared[key] = apart, together, tape.op("Expand", [mask, repeats])
+            allowed = tape.op("Where", [mask, self._number(0), self._number(LOWEST)]) if self.single else mask
+            self._shared[key] = apart, together, tape.op("Expand", [allowed, repeats])
         return self._shared[key]
+
+    def _number(self, number: float) -> ir.Value:
+        return initializer(self.graph, f"fstq/grouped/{number:g}", np.array(number, np.float32))
 
     def _ints(self, *numbers: int) -> ir.Value:
         return initializer(self.graph, f"fstq/grouped/{numbers}", np.array(numbers, np.int64))

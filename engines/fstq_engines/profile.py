@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from fstq_engines.quantized import DYNAMIC, METADATA, QuantizedLayers, layers
+from fstq_engines.quantized import METADATA, QuantizedLayers, layers
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, OptionError
 from fstq_infer.machine import description
@@ -142,7 +142,7 @@ def layer(form: Format, outputs: int, inputs: int) -> ir.Model:
     made = tape.op("MatMul", [given, tape.op("Transpose", [numbers], {"perm": [1, 0]})])
     producer = made.producer()
     if producer is not None:
-        producer.metadata_props[METADATA] = DYNAMIC if form.inputs == 0 else form.name
+        producer.metadata_props[METADATA] = form.name
     made.name, made.type = "y", ir.TensorType(ir.DataType.FLOAT)
     made.shape = ir.Shape(["batch", "tokens", outputs])
     graph.extend(tape.nodes)

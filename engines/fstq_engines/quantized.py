@@ -8,24 +8,32 @@ take their place is told in :mod:`fstq_engines.codes`; a kernel that computes so
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from fstq_engines.branches import either
 from fstq_engines.codes import MICROSOFT, Rounded, Weight
+from fstq_engines.graph import initializer
+from fstq_infer.quant.formats import FORMATS
 
-METADATA, DYNAMIC = "fstq.format", "int8-dynamic"  # written by the exporter on each operator that reads such a weight
+METADATA = "fstq.format"  # written by the exporter on each operator that reads such a weight
 STRICT = 1e-4  # difference of a layer to the same sums in NumPy, in units of their deviation
+FEW = 8  # tokens of a row up to which a call reads int4 codes where there are int8 ones too
 Check = Callable[[Weight, str], float]  # (weight, "rows", "dynamic" or "blocks") -> that difference
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A node that computes with codes. ways: of computing it, best first."""
+    """A node that computes with codes. ways: of computing it, best first: those of Weight, or "either".
+
+    "either": "blocks" of a few tokens, "dynamic" of many, with int8 codes made from the others.
+    """
 
     node: ir.Node
     weight: Weight
@@ -34,7 +42,7 @@ class Layer:
     @property
     def rounded(self) -> int:
         """Neighbours among a token's inputs that the first way rounds with one scale; 0: inputs stay as they are."""
-        return 0 if self.ways[0] == "rows" else self.weight.inputs(self.ways[0] == "dynamic")
+        return 0 if self.ways[0] == "rows" else self.weight.inputs(self.ways[0] != "blocks")
 
 
 def layers(graph: ir.Graph) -> Iterator[Layer]:
@@ -42,8 +50,12 @@ def layers(graph: ir.Graph) -> Iterator[Layer]:
     for node in list(graph):
         weight = _weight(graph, node)
         if weight is not None:
-            dynamic = node.metadata_props.get(METADATA) == DYNAMIC
-            ways = ("rows",) if node.op_type == "Gather" else ("dynamic", "blocks") if dynamic else ("blocks",)
+            form = FORMATS.get(node.metadata_props.get(METADATA, ""))
+            ways: tuple[str, ...] = ("blocks",)
+            if node.op_type == "Gather":
+                ways = ("rows",)
+            elif form is not None and form.inputs == 0:
+                ways = ("either" if form.has_copy else "dynamic", "blocks")
             yield Layer(node, weight, ways)
 
 
@@ -64,10 +76,16 @@ class QuantizedLayers(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         graph = model.graph
         rounded: Rounded = {}
+        together: dict[ir.Value | None, list[Layer]] = {}
         for layer in layers(graph):
             node, weight, way = layer.node, layer.weight, self._way(layer)
             if way is None:
                 self.refused += 1
+                continue
+            self.changed += 1
+            self.rounding += way != "rows"
+            if way == "either":
+                together.setdefault(node.inputs[0], []).append(layer)
                 continue
             tape = ir.tape.Tape()
             if way == "rows":
@@ -76,11 +94,11 @@ class QuantizedLayers(InPlacePass):
                 out = weight.dynamic(tape, node.inputs[0], rounded)
             else:
                 out = weight.blocks(tape, node.inputs[0])
-            if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-                out = tape.op("Add", [out, node.inputs[2]])
-            ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [out])
-            self.changed += 1
-            self.rounding += way != "rows"
+            _replace(graph, tape, [node], [out])
+        if together:
+            many = _many_tokens(graph)
+            for number, (inputs, group) in enumerate(together.items()):
+                _either(graph, f"fstq/either/{number}", inputs, many, group)
         if self.changed:
             model.opset_imports.setdefault(MICROSOFT, 1)
             RemoveUnusedNodesPass()(model)
@@ -88,7 +106,10 @@ class QuantizedLayers(InPlacePass):
 
     def _way(self, layer: Layer) -> str | None:
         for way in layer.ways:
-            apart = self.check(layer.weight, way)
+            if way == "either":
+                apart = max(self.check(layer.weight, "blocks"), self.check(layer.weight.widened(), "dynamic"))
+            else:
+                apart = self.check(layer.weight, way)
             if apart <= STRICT:
                 self.worst = max(self.worst, apart)
                 return way
@@ -97,6 +118,42 @@ class QuantizedLayers(InPlacePass):
                 layer.node.name or layer.weight.name, way, apart,
             )  # fmt: skip
         return None
+
+
+def _replace(graph: ir.Graph, tape: ir.tape.Tape, nodes: Sequence[ir.Node], made: Sequence[ir.Value]) -> None:
+    """Put what was made, and the biases of Gemm nodes, in the place of nodes; at the first of them."""
+    outputs = [
+        tape.op("Add", [out, node.inputs[2]])
+        if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None
+        else out
+        for node, out in zip(nodes, made, strict=True)
+    ]
+    old = [node.outputs[0] for node in nodes]
+    ir.convenience.replace_nodes_and_values(graph, nodes[0], nodes, tape.nodes, old, outputs)
+
+
+def _many_tokens(graph: ir.Graph) -> ir.Value:
+    """Whether a call has more than a few tokens a row; the graph's first input is (rows, tokens, ...)."""
+    tape = ir.tape.Tape()
+    tokens = tape.op("Squeeze", [tape.op("Shape", [graph.inputs[0]], {"start": 1, "end": 2})])
+    many = tape.op("Greater", [tokens, initializer(graph, "fstq/few", np.array(FEW, np.int64))])
+    graph.insert_before(graph[0], tape.nodes)
+    return many
+
+
+def _either(graph: ir.Graph, name: str, inputs: ir.Value | None, many: ir.Value, group: Sequence[Layer]) -> None:
+    """One choice for all layers that read the same inputs, which are rounded once."""
+    tape = ir.tape.Tape()
+
+    def wide(inner: ir.tape.Tape) -> list[ir.Value]:
+        rounded: Rounded = {}
+        return [layer.weight.widened().dynamic(inner, inputs, rounded) for layer in group]
+
+    def narrow(inner: ir.tape.Tape) -> list[ir.Value]:
+        return [layer.weight.blocks(inner, inputs) for layer in group]
+
+    made = either(tape, many, name, wide, narrow)
+    _replace(graph, tape, [layer.node for layer in group], made)
 
 
 def _weight(graph: ir.Graph, node: ir.Node) -> Weight | None:

@@ -71,7 +71,8 @@ class StaticCache(InPlacePass):
         outputs = {value.name: value for value in graph.outputs}
         for group in range(groups):
             self._positions(graph, group, at[group], outputs[f"present_positions.{group}"])
-        blocks = CausalBlocks(graph)
+        cached = (value for value in graph.inputs if _PAST.fullmatch(str(value.name)))
+        blocks = CausalBlocks(graph, all(value.dtype == ir.DataType.FLOAT for value in cached))
         for node in [node for node in graph if node.op_type == "Attention" and _cached(node) is not None]:
             self._attention(graph, node, before, at, blocks)
         return PassResult(model, True)

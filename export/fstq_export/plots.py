@@ -187,7 +187,7 @@ def formats_plot(groups: Sequence[Mapping[str, Any]]) -> str:
             [groups[n]["bits"] for n in mine],
             0.86,
             color=colours.get(kind.partition("-")[0], REFERENCE),
-            alpha={"int4-64": 0.7, "int4-128": 0.45, "int8-dynamic": 0.6}.get(kind, 1.0),
+            alpha={"int4-64": 0.7, "int4-128": 0.45, "int4-128-dynamic": 0.3, "int8-dynamic": 0.6}.get(kind, 1.0),
             linewidth=0,
             label=kind,
         )

@@ -56,7 +56,7 @@ def export(
         str | None,
         typer.Option(
             help="Formats of the weights: auto (least predicted damage within --bits or --bytes; needs --calib), fp32, "
-            "fp16, bf16, int8, int8-dynamic, int4, int4-64, int4-128, or a plan's file, PLAN.toml; "
+            "fp16, bf16, int8, int8-dynamic, int4, int4-64, int4-128, int4-128-dynamic, or a plan's file, PLAN.toml; "
             "default: as --dtype.",
             autocompletion=complete.precisions,
         ),

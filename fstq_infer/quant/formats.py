@@ -18,7 +18,8 @@ class Format:
     """bits: of one code. block: columns that share a scale, 0 for a whole row; None for numbers that need none.
 
     inputs: neighbours among a token's inputs that share a scale where an engine for the CPU rounds them to int8, 0 for
-    all of them; None where they stay as they are.
+    all of them; None where they stay as they are. Of int4 codes 0 means that such an engine has int8 codes as well, by
+    which it reads prompts.
     """
 
     name: str
@@ -36,6 +37,11 @@ class Format:
         """Lowest and highest integer code. Of int8 -128 stays free, so that products of two codes fit kernels."""
         high = 2 ** (self.bits - 1) - 1
         return (-high - 1 if self.bits < 8 else -high), high
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether an engine for the CPU holds the matrix a second time, as int8."""
+        return self.bits == 4 and self.inputs == 0
 
     def blocks(self, columns: int) -> int:
         """Scales of one row."""
@@ -56,6 +62,7 @@ _ALL = (
     Format("int4-32", 4, 32, inputs=32),
     Format("int4-64", 4, 64, inputs=64),
     Format("int4-128", 4, 128, inputs=128),
+    Format("int4-128-dynamic", 4, 128, inputs=0),
 )
 FORMATS: Mapping[str, Format] = {one.name: one for one in _ALL}
 

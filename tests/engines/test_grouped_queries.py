@@ -17,7 +17,9 @@ WIDTH, CACHED = 8, 24
 F = ir.DataType.FLOAT
 
 
-def graph(heads: int, groups: int, known: tuple[int, int] | None, axis: int | None = 1, layers: int = 1) -> Any:
+def graph(
+    heads: int, groups: int, known: tuple[int, int] | None, axis: int | None = 1, layers: int = 1, single: bool = False
+) -> Any:
     """Layers of Attention one after the other, their mask unsqueezed along ``axis``; None: no mask."""
     ports = {"q": heads, "k": groups, "v": groups}
     inputs = [
@@ -26,7 +28,7 @@ def graph(heads: int, groups: int, known: tuple[int, int] | None, axis: int | No
     ]
     flat = ir.Value(name="m", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(["b", "q", "k"]))
     made = ir.Graph([*inputs, flat], [], nodes=[], opset_imports={"": 24}, name="attention")
-    tape, grouped = ir.tape.Tape(), GroupedQueries(made)
+    tape, grouped = ir.tape.Tape(), GroupedQueries(made, single)
     mask = None
     if axis is not None:
         mask = tape.op("Unsqueeze", [flat, initializer(made, "axes", np.array([axis], np.int64))])
@@ -57,11 +59,14 @@ def ran(made: Any, tokens: int, batch: int) -> Any:
     return session.run(None, given | {"m": seen})[0]
 
 
+@pytest.mark.parametrize("single", [False, True], ids=["truth values", "numbers"])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("tokens", [1, 2, 9])
 @pytest.mark.parametrize(("heads", "groups"), [(14, 2), (4, 1), (6, 3)])
-def test_grouped_heads_give_what_heads_alone_give(heads: int, groups: int, tokens: int, batch: int) -> None:
-    plain, grouped = graph(heads, groups, None), graph(heads, groups, (heads, groups))
+def test_grouped_heads_give_what_heads_alone_give(
+    heads: int, groups: int, tokens: int, batch: int, single: bool
+) -> None:
+    plain, grouped = graph(heads, groups, None), graph(heads, groups, (heads, groups), single=single)
     assert sum(node.op_type == "Reshape" for node in grouped) == 2
     expected = ran(plain, tokens, batch)
     np.testing.assert_allclose(ran(grouped, tokens, batch), expected, atol=2e-6)

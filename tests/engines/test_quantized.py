@@ -14,13 +14,15 @@ ir = pytest.importorskip("onnx_ir", reason="building an engine needs the 'ort' e
 
 import ml_dtypes  # noqa: E402
 from fstq_engines import codes, kernels  # noqa: E402
-from fstq_engines.quantized import DYNAMIC, METADATA, QuantizedLayers, layers  # noqa: E402
+from fstq_engines.profile import layer as layer_model  # noqa: E402
+from fstq_engines.quantized import FEW, METADATA, QuantizedLayers, layers  # noqa: E402
 from fstq_engines.rounding import RoundedInputs  # noqa: E402
 
 from fstq_infer.quant.codes import rounded_inputs  # noqa: E402
 from fstq_infer.quant.formats import FORMATS  # noqa: E402
 
 OUTPUTS, INPUTS = 48, 160
+DYNAMIC, EITHER = "int8-dynamic", "int4-128-dynamic"
 
 
 def value(name: str, shape: list[int | str], kind: Any = None, tensor: Any = None) -> Any:
@@ -246,3 +248,68 @@ def test_looking_up_rows_rounds_no_inputs() -> None:
         lowering = QuantizedLayers()
         lowering(graph_of("int8", reader, *weights("int8")))
         assert (lowering.changed, lowering.rounding) == (1, rounding)
+
+
+def beside(model: Any, form: str) -> Any:
+    """The model of one layer with a second one that reads the same inputs, and both outputs."""
+    graph = model.graph
+    node = next(node for node in graph if node.op_type == "MatMul")
+    other = ir.node("MatMul", list(node.inputs))
+    other.metadata_props[METADATA] = form
+    other.outputs[0].name, other.outputs[0].type = "z", node.outputs[0].type
+    other.outputs[0].shape = node.outputs[0].shape
+    graph.insert_after(node, other)
+    graph.outputs.append(other.outputs[0])
+    return model
+
+
+@pytest.mark.parametrize("tokens", [1, FEW, FEW + 1, 40])
+def test_few_tokens_are_computed_from_int4_codes_and_many_from_int8_ones(tokens: int) -> None:
+    form = FORMATS[EITHER]
+    x = np.random.default_rng(tokens).normal(size=(2, tokens, INPUTS)).astype(np.float32)
+    lowering = QuantizedLayers(kernels.difference)
+    model = layer_model(form, OUTPUTS, INPUTS)
+    weight = next(layers(model.graph)).weight
+    numbers, wide = weight.numbers(), weight.widened().numbers()
+    found = run(lowering(model).model, x)
+    assert lowering.changed == lowering.rounding == 1 and lowering.refused == 0
+    few = rounded_inputs(x.reshape(-1, INPUTS), FORMATS["int4-128"]) @ numbers.T
+    many = rounded_inputs(x.reshape(-1, INPUTS), form) @ wide.T
+    right, other = (few, many) if tokens <= FEW else (many, few)
+    np.testing.assert_allclose(found.reshape(-1, OUTPUTS), right, atol=right.std() * 2e-5)
+    assert np.abs(right - other).max() > right.std() * 1e-4
+
+
+def test_int8_codes_of_an_int4_matrix_are_close_to_it() -> None:
+    weight = next(layers(layer_model(FORMATS[EITHER], OUTPUTS, INPUTS).graph)).weight
+    numbers, wide = weight.numbers(), weight.widened()
+    steps = np.abs(numbers).max(1, keepdims=True) / 127
+    assert wide.bits == 8 and wide.block == 0 and wide.scales.shape == (OUTPUTS,)
+    assert (np.abs(wide.numbers() - numbers) <= steps * 0.501).all()
+
+
+def test_layers_with_the_same_inputs_choose_together_and_round_them_once() -> None:
+    model = beside(layer_model(FORMATS[EITHER], OUTPUTS, INPUTS), EITHER)
+    x = np.random.default_rng(2).normal(size=(1, FEW + 2, INPUTS)).astype(np.float32)
+    expected = run(model, x)
+    lowered = QuantizedLayers()(model).model
+    (node,) = (node for node in lowered.graph if node.op_type == "If")
+    many, few = (Counter(n.op_type for n in node.attributes[b].value) for b in ("then_branch", "else_branch"))
+    assert many["QuantizeLinear"] == 1 and many["MatMulIntegerToFloat"] == 2 and few == {"MatMulNBits": 2}
+    assert np.sqrt(np.mean((run(lowered, x) - expected) ** 2)) / expected.std() < 0.02
+
+
+@pytest.mark.parametrize(("wrong", "left"), [("dynamic", "MatMulNBits"), ("blocks", "MatMul")])
+def test_where_one_of_two_kernels_is_wrong_only_the_other_is_used(wrong: str, left: str) -> None:
+    lowering = QuantizedLayers(lambda _weight, way: float(way == wrong))
+    lowered = lowering(layer_model(FORMATS[EITHER], OUTPUTS, INPUTS)).model
+    operators = {node.op_type for node in lowered.graph}
+    assert left in operators and "If" not in operators
+
+
+def test_bytes_of_both_copies_are_counted() -> None:
+    model = layer_model(FORMATS[EITHER], OUTPUTS, INPUTS)
+    (layer,) = layers(model.graph)
+    lowered = QuantizedLayers()(model).model
+    own = [t.const_value for name, t in lowered.graph.initializers.items() if name.startswith("w.codes.")]
+    assert sum(tensor.nbytes for tensor in own) == layer.weight.bytes("either")
