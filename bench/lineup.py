@@ -30,13 +30,16 @@ def llama(kind: str) -> Contender:
 # The first one stays loaded, so that waves of workers can be compared; those of the targets come first.
 CONTENDERS = (
     own("w8", 1.0),
-    own("w8", 0.25),
+    own("w4+8", 1.0),
+    own("w4+8", 0.25),
     own("fp32", 1.0),
     llama("Q8_0"),
     llama("Q4_0"),
     Contender("transformers bf16", "transformers", (("model", {"dtype": "bfloat16"}),)),
     Contender("onnxruntime-genai int8", "onnxruntime-genai", (("genai:int8", {}),)),
     Contender("onnxruntime-genai int4", "onnxruntime-genai", (("genai:int4-128", {}), ("genai:int4-32", {}))),
+    own("w4+8", 0.5),
+    own("w8", 0.25),
     own("w8h4", 1.0),
     own("w8h4", 0.25),
     own("w8", 0.5),
