@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fstq_infer.atomic import replace_file
 from fstq_infer.machine import description
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -37,10 +38,9 @@ def target(value: float, wanted: float, at_least: bool = True) -> dict[str, Any]
 
 def write(name: str, command: str, rows: list[dict[str, Any]], targets: dict[str, dict[str, Any]]) -> None:
     """results/NAME.json, and a line for each target on standard output."""
-    RESULTS.mkdir(exist_ok=True)
     content = {"machine": description(), "command": command, "rows": rows, "targets": targets}
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
     for what, figure in targets.items():
         sign = ">=" if figure["at_least"] else "<="
         print(f"{'met ' if figure['met'] else 'MISS'} {what}: {figure['value']} ({sign} {figure['target']})")

@@ -6,6 +6,7 @@ interpreter need not have them all.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,22 @@ import numpy as np
 Options = Mapping[str, Any]
 
 
-class Runner:
+class Runner(ABC):
     """A loaded model. ``prefill`` begins anew; ids and logits are those of one row."""
 
     vocab: int
 
+    @abstractmethod
     def prefill(self, ids: Sequence[int], new: int) -> int:
         """Read a prompt, with room for so many more tokens; returns the likeliest next id."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, token: int) -> int:
         """Read one more id; returns the likeliest next one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self) -> Any:
         """(vocab,) float32 of the last call."""
-        raise NotImplementedError
 
     def after(self, ids: Sequence[int]) -> Any:
         """(vocab,) float32 logits after a prompt whose last id is read as a generated one is."""
@@ -38,12 +39,12 @@ class Runner:
         self.step(ids[-1])
         return self.logits()
 
-    def ready(self, room: int) -> None:
+    def ready(self, room: int) -> None:  # noqa: B027 (most have nothing to do)
         """Make what an application makes once, for so many tokens."""
 
+    @abstractmethod
     def kv_bytes(self) -> int:
         """Held by keys and values now, spare room included."""
-        raise NotImplementedError
 
 
 class Fstq(Runner):

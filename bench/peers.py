@@ -87,6 +87,9 @@ class GenAI(Runner):
     def after(self, ids: Sequence[int]) -> Any:
         self._append(ids[:-1], len(ids) + 1)
         self.generator.append_tokens(np.array(ids[-1:], np.int32))
+        return self.logits()
+
+    def logits(self) -> Any:
         return np.asarray(self.generator.get_logits(), np.float32).reshape(-1)[-self.vocab :]
 
     def kv_bytes(self) -> int:

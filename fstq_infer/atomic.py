@@ -6,18 +6,16 @@ import contextlib
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from fstq_infer.errors import BundleError, BundleExistsError, BundlePathError, BundleSizeError
-
-try:
-    import fcntl
-except ImportError:  # no flock outside POSIX; process ids alone decide there
-    fcntl = None  # type: ignore[assignment]
+from fstq_infer.leftovers import leftover, lock_file, try_lock
 
 BLOCK_BYTES = 1 << 20
 
@@ -49,22 +47,53 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def staged_file(path: Path, data: bytes) -> Iterator[Callable[[], None]]:
-    """Yield what puts ``data``, which is on the disk by then, in place of ``path``; without that, nothing changes."""
+    """Yield what puts ``data``, which is on the disk by then, in place of ``path``; without that, nothing changes.
+
+    The data waits in a hidden sibling ``.NAME.partial-PID-RANDOM``. What killed writers of the same name left goes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    _clear_stale_files(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with open(partial, "wb") as file:
+        with _locked_file(partial) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            if os.name == "nt":  # where open files cannot be renamed
+                file.close()
 
-        def place() -> None:
-            os.replace(partial, path)
-            _sync(path.parent)
+            def place() -> None:
+                os.replace(partial, path)
+                _sync(path.parent)
 
-        yield place
+            yield place
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _locked_file(path: Path) -> BinaryIO:
+    """A new file, locked until it is closed where locks work. Raises OSError."""
+    while True:
+        file = open(path, "xb")  # noqa: SIM115 (the caller closes it)
+        try:
+            lock_file(file.fileno())
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.lstat(path), os.fstat(file.fileno())):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # another writer took it for a leftover before it was locked
+
+
+def _clear_stale_files(path: Path) -> None:
+    pattern = re.compile(re.escape(f".{path.name}.") + r"partial-([0-9]{1,10})(?:-[0-9a-f]{8})?")
+    for name in os.listdir(path.parent):
+        found, old = pattern.fullmatch(name), path.parent / name
+        if found and not old.is_symlink() and old.is_file():
+            with contextlib.suppress(OSError), leftover(old, int(found[1]), by_age=True) as stale:
+                if stale:
+                    old.unlink()
 
 
 @contextlib.contextmanager
@@ -111,7 +140,7 @@ class PartialDirectory:
                 )
             self.path.mkdir()
             self._open = True
-            self._lock = _try_lock(self.path)
+            self._lock = try_lock(self.path)
         return self
 
     def __exit__(
@@ -180,12 +209,13 @@ class PartialDirectory:
         pattern = re.compile(re.escape(f".{self.out.name}.") + r"(partial|old)-([0-9]{1,10})")
         for name in sorted(os.listdir(self.out.parent)):
             found, path = pattern.fullmatch(name), self.out.parent / name
-            if not found or path.is_symlink() or not path.is_dir() or not _is_stale(path, int(found[2])):
+            if not found or path.is_symlink() or not path.is_dir():
                 continue
-            if found[1] == "old" and not os.path.lexists(self.out):
-                os.rename(path, self.out)  # its writer died between the two renames: this is the only whole copy
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+            with leftover(path, int(found[2])) as stale:
+                if stale and found[1] == "old" and not os.path.lexists(self.out):
+                    os.rename(path, self.out)  # its writer died between the two renames: this is the only whole copy
+                elif stale:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -196,52 +226,6 @@ def _os_errors(out: Path) -> Iterator[None]:
         raise BundleError(
             f"{out} cannot be written: {error}. Check permissions and free space, or choose another path."
         ) from error
-
-
-def _is_stale(path: Path, pid: int) -> bool:
-    """True if no writer is at work in ``path``: its process is gone, and no other PID namespace holds its lock."""
-    own = pid == os.getpid()  # in a container every run has the same process id, so an own one may be a leftover too
-    if not own and _is_alive(pid):
-        return False
-    try:
-        lock = _try_lock(path)
-    except OSError:
-        return False
-    if lock is None:
-        return not own
-    os.close(lock)
-    return True
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name == "nt":  # os.kill(pid, 0) would send Ctrl-C there
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _try_lock(path: Path) -> int | None:
-    """A descriptor that locks ``path`` until it is closed; None where locks do not work (Windows, some network mounts).
-
-    Raises BlockingIOError when another writer holds the lock.
-    """
-    if fcntl is None:
-        return None
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _sync(path: Path) -> None:

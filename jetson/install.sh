@@ -89,13 +89,17 @@ run "$python" -m venv --system-site-packages "$venv"
 pip=("$venv/bin/python" -m pip install)
 run "${pip[@]}" --upgrade pip
 
+# TensorRT engines run by cuda-python. That of CUDA 12 works with newer drivers, that of CUDA 13 not with JetPack 6's.
+cuda_python='cuda-python<13'
+[ "$jetpack" != 7 ] || cuda_python=cuda-python
+
 # onnxruntime and onnxruntime-gpu share one folder: only one of them, ever.
 if [ -n "$index" ]; then
   run "${pip[@]}" --no-deps --index-url "$index" "onnxruntime-gpu${runtime_version:+==$runtime_version}"
-  run "${pip[@]}" "${source_}[ort-gpu]"
+  run "${pip[@]}" "${source_}[ort-gpu,tensorrt]" "$cuda_python"
 else
-  echo "no --wheel-index: ONNX Runtime for the CPU; TensorRT engines do not need it"
-  run "${pip[@]}" "${source_}[ort]"
+  echo "no --wheel-index: ONNX Runtime for the CPU; TensorRT engines need no other"
+  run "${pip[@]}" "${source_}[ort,tensorrt]" "$cuda_python"
 fi
 
 if [ "$dry_run" = 1 ]; then

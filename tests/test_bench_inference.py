@@ -24,7 +24,10 @@ from fstq_infer.bundle import Bundle
 from fstq_infer.quant.plan import Plan
 
 BENCH = Path(__file__).parents[1] / "bench"
-MODULES = ("inference", "inference_report", "artefacts", "pool", "shapes", "worker", "contenders", "peers", "lineup")
+MODULES = (
+    *("inference", "inference_report", "case", "runs", "artefacts", "pool", "shapes", "worker", "contenders"),
+    *("peers", "lineup", "common"),
+)
 
 
 @pytest.fixture
@@ -142,17 +145,26 @@ def test_a_worker_that_dies_is_told_by_its_status(bench: Any, tiny_bundle: Bundl
         worker.ask({"do": "measure", "prompt": 8, "new": 2})
 
 
-@pytest.mark.parametrize("fits", [True, False])
+def test_a_workers_mapped_weights_are_seen(bench: Any, tiny_bundle: Bundle) -> None:
+    worker = bench("pool").Worker(sys.executable, "fstq", str(tiny_bundle.path), 1, {"keep": 1.0})
+    seen = worker.mapped()
+    worker.close()
+    assert seen > 1 << 20 and worker.mapped() == 0
+
+
+@pytest.mark.parametrize(("available", "mapped"), [(1 << 40, 0), (0, 0), (1 << 40, 1 << 40)])
 def test_workers_come_in_waves_where_memory_is_short(
-    bench: Any, tiny_bundle: Bundle, fits: bool, monkeypatch: pytest.MonkeyPatch
+    bench: Any, tiny_bundle: Bundle, available: int, mapped: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inference, lineup = bench("inference"), bench("lineup")
-    monkeypatch.setattr(inference, "available_memory", lambda: 1 << 40 if fits else 0)
-    monkeypatch.setattr(inference, "PAUSE", 0.0)
+    module, lineup, fits = bench("case"), bench("lineup"), available > mapped
+    monkeypatch.setattr(module, "available_memory", lambda: available)
+    monkeypatch.setattr(module.Worker, "mapped", lambda _: mapped)
+    monkeypatch.setattr(module, "PAUSE", 0.0)
     maker = SimpleNamespace(name="tiny", path=lambda _artefact: tiny_bundle.path, peers=sys.executable)
     ours = (lineup.own("w8", 1.0), lineup.own("w8", 0.25), lineup.own("fp32", 1.0))
     absent = lineup.Contender("onnxruntime-genai int8", "onnxruntime-genai", (("-", {}),))
-    found = inference.Case(maker, bench("shapes").SHAPES["tiny"], 40, 3, 1, 2, (*ours, absent), 1 << 16).measure()
+    case = module.Case(maker, bench("shapes").SHAPES["tiny"], 40, 3, 1, 2, (*ours, absent), {}, 1 << 16)
+    found = case.measure()
     rows = {one["contender"]: one for one in found["rows"]}
     assert list(rows) == [ours[0].name, ours[1].name, ours[2].name, absent.name]
     assert "pip install onnxruntime-genai" in rows[absent.name]["skipped"]
@@ -162,6 +174,58 @@ def test_workers_come_in_waves_where_memory_is_short(
     waves = [wave["contenders"] for wave in found["waves"]]
     assert waves[0][0] == ours[0].name and all("anchor_s" in wave for wave in found["waves"])
     assert waves == [[one.name for one in ours]] if fits else waves[1] == [ours[0].name, ours[2].name]
+
+
+def test_bundles_that_cannot_be_made_are_rows(bench: Any, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Bundle) -> None:
+    module, lineup = bench("case"), bench("lineup")
+    monkeypatch.setattr(module, "PAUSE", 0.0)
+
+    def path(artefact: str) -> Path:
+        if artefact.startswith("w4"):
+            raise RuntimeError("export ended with 1")
+        return tiny_bundle.path
+
+    maker = SimpleNamespace(name="tiny", path=path, peers=sys.executable)
+    chosen = (lineup.own("w8", 1.0), lineup.own("w4", 1.0))
+    found = module.Case(maker, bench("shapes").SHAPES["tiny"], 20, 2, 1, 1, chosen, {}, 1 << 16).measure()
+    assert found["rows"][1]["error"] == "export ended with 1" and found["rows"][0]["total_s"] > 0
+
+
+def test_finished_measurements_are_known_by_their_settings(bench: Any, tmp_path: Path) -> None:
+    runs, path = bench("runs"), tmp_path / "tiny-64.json"
+    versions = runs.versions(sys.executable, sys.executable)
+    assert versions["own"] == versions["peers"] and versions["own"]["numpy"] == np.__version__
+    wanted = {"new": 8, "threads": 2, "rounds": 5, "versions": versions}
+    assert not runs.finished(path, wanted, ["a"])
+    path.write_text(json.dumps({**wanted, "rows": [{"contender": "a"}]}))
+    assert runs.finished(path, wanted, ["a"]) and not runs.finished(path, wanted, ["a", "b"])
+    for key in ("new", "threads", "rounds"):
+        with pytest.raises(runs.Differs, match=rf"with {key} {wanted[key]}, not 3\. --again"):
+            runs.finished(path, {**wanted, key: 3}, ["a"])
+    other = {**versions, "peers": {**versions["peers"], "numpy": "0.1", "gguf": "9"}}
+    with pytest.raises(runs.Differs, match=rf"numpy {np.__version__}, not 0\.1 \(peers\)"):
+        runs.finished(path, {**wanted, "versions": other}, ["a"])
+    path.write_text(json.dumps({"new": 8, "threads": 2, "rounds": 5, "rows": [{"contender": "a"}]}))
+    assert runs.finished(path, {**wanted, "versions": other}, ["a"])  # of before versions were told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "tiny,huge"], "there is no shape 'huge'; there are tiny"),
+        (["--prompts", "64,x"], "--prompts"),
+        (["--rounds", "0"], "0 is below 1"),
+        (["--only", "vllm"], "no contender begins with 'vllm'"),
+        (["--only", "fstq"], "name another folder with --runs"),
+        (["--peers", "no-such-python"], "no Python that runs"),
+    ],
+)
+def test_wrong_arguments_end_before_anything_is_measured(
+    bench: Any, tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench("inference").main([*arguments, "--work", str(tmp_path / "work")])
+    assert ended.value.code == 2 and words in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def row(name: str, total: float, peer: bool, **other: Any) -> dict[str, Any]:

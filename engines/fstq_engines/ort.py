@@ -66,25 +66,6 @@ def build(
     return target
 
 
-def load(
-    engine_dir: Path,
-    bundle: Bundle,
-    *,
-    threads: int | None = None,
-    provider: str = "cpu",
-    checksums: bool = False,
-) -> OrtEngine:
-    """Load a built engine. Raises EngineError where it is absent or damaged, EngineMismatchError if it is another's."""
-    wanted = identity(bundle)
-    try:
-        sidecar = Sidecar.read(engine_dir)
-        sidecar.verify(engine_dir, checksums)
-    except EngineError as error:
-        raise EngineError(f"{error} Rebuild it with: {cache.rebuild_command(bundle, engine_dir, wanted)}") from error
-    sidecar.require(wanted, engine_dir, bundle)
-    return OrtEngine(engine_dir, bundle, threads=threads, provider=provider)
-
-
 def identity(bundle: Bundle) -> Identity:
     """What an engine for this bundle, built here and now, would depend on."""
     return Identity(bundle.model_sha256, BACKEND, import_onnxruntime().__version__, cache.this_cpu())

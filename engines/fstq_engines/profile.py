@@ -7,7 +7,6 @@ before each run: a decoder's other weights have passed through them since a kern
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from fstq_engines.quantized import METADATA, QuantizedLayers, layers
+from fstq_infer.atomic import replace_file
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, OptionError
 from fstq_infer.machine import description
@@ -40,12 +40,9 @@ def write(bundle: Bundle, path: Path, tokens: int, threads: int | None = None) -
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise OptionError(f"the profile {path} cannot be written: it is a folder, or its folder does not exist")
     found = measure(shapes(bundle), sorted({1, tokens}), threads, SECONDS)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(found.to_toml(), encoding="utf-8")
-        partial.replace(path)
+        replace_file(path, found.to_toml().encode())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OptionError(f"the profile {path} cannot be written: {error}") from error
     return found
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fstq_export import adapters, data, decoder, linears, precision, report, source, timing, verify
-from fstq_export.adapters import Wanted
-from fstq_export.calibrate import SHOWN, Calibration, Calibrator
+from fstq_export import adapters, contents, data, decoder, linears, precision, report, source, timing, verify
+from fstq_export.calibrate import Calibration, Calibrator
 from fstq_export.continuation import with_continuations
 from fstq_export.contract import Outcome, split
 from fstq_export.heldout import whole_outcome
@@ -28,72 +25,28 @@ from fstq_export.meter import quantize_in_place, rounding_inputs
 from fstq_export.passes.probe import graph_weights
 from fstq_export.passes.pruning import PruneStage
 from fstq_export.recheck import Recheck, recheck
-from fstq_export.recipe import Recipe
 from fstq_export.reference import parameter_count, reference
+from fstq_export.request import Request
 from fstq_export.sensitivity import weights
 from fstq_export.source import Source
-from fstq_export.wanted import Precision
 from fstq_infer.adapters import fit, peft, store
 from fstq_infer.adapters.info import FOLDER, AdapterInfo, path_of
 from fstq_infer.adapters.ports import LoraPorts
-from fstq_infer.bundle import BundleWriter, Contract, GenerationDefaults, Manifest, ModelInfo, Provenance, Pruning
+from fstq_infer.bundle import BundleWriter
 from fstq_infer.errors import ExportError, OptionError
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.probe import QUERIES, Probe
 from fstq_infer.machine import peak_rss
 from fstq_infer.quant import plan as plans
-from fstq_infer.runtime.chat import ChatTemplate
 from fstq_infer.runtime.engine import Stage
-from fstq_infer.runtime.text import TextStream, Tokenizer
 
+__all__ = ["Done", "Export", "Progress", "Request", "export"]
 CONTINUATION = 16
-LIBRARIES = (
-    "mobius-onnx",
-    "onnx",
-    "onnx-ir",
-    "onnxruntime",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "fstq-infer",
-)
 SMALL_MODEL, ITEMS_SMALL, ITEMS_LARGE = 50_000_000, 1800, 256
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to export. calib: calibration file; of it at most calib_items prompts of at most max_prompt tokens.
-
-    dtype: of computation, and of weights that precision gives no format.
-    """
-
-    model: str
-    out: Path
-    recipe: Recipe = field(default_factory=Recipe)
-    calib: Path | None = None
-    calib_items: int | None = None
-    max_prompt: int | None = None
-    dtype: str = "float32"
-    overwrite: bool = False
-    revision: str | None = None
-    precision: Precision = field(default_factory=Precision)
-    adapters: Wanted = field(default_factory=lambda: Wanted({}))
-
-    def __post_init__(self) -> None:
-        if self.dtype not in decoder.DTYPES:
-            raise OptionError(f"dtype is '{self.dtype}'; expected one of {', '.join(decoder.DTYPES)}")
-        if self.calib_items is not None and self.calib_items < 1:
-            raise OptionError(f"calib-items is {self.calib_items}; expected a number of items above 0")
-        if self.max_prompt is not None and self.max_prompt < 1:
-            raise OptionError(f"max-prompt is {self.max_prompt}; expected a number of tokens above 0")
-        plan = self.precision.plan
-        if self.dtype == "float16" and "fp32" in (self.precision.format, *(plan.formats.values() if plan else ())):
-            raise OptionError("weights in fp32 have no place in a float16 graph; take fp16, or --dtype float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +143,20 @@ class Export:
                     model.config.max_position_embeddings,
                 )
             with self._step("write bundle"):
-                self._texts(tokens, writer.path)
-                content = self._report(model, tokens, calibration, left_out, checked, stages, nodes, writer.path, began)
-                content["timing"] = times
+                contents.write_texts(tokens, writer.path)
+                made = contents.Made(request, model, self.parameters, stages, calibration)
+                content = made.report(tokens, left_out, checked, nodes, writer.path) | {
+                    "precision": self.quantized.report if self.quantized else None,
+                    "adapters": self.adapted,
+                    "timing": times,
+                    "resources": {
+                        "seconds": round(time.monotonic() - began, 2),
+                        "peak_rss_bytes": peak_rss(),
+                        "steps": self.steps,
+                    },
+                }
                 report.write_report(writer.path, content)
-                manifest = self._manifest(model, calibration, stages, generation)
+                manifest = made.manifest(generation)
                 bundle = writer.commit(replace(manifest, lora=self.ports, adapters=self._adapters(model, writer.path)))
         return Done(bundle.path, content, time.monotonic() - began, peak_rss())
 
@@ -373,130 +335,6 @@ class Export:
                 more,
                 self._probes(again),
             )
-
-    def _texts(self, tokens: Any, folder: Path) -> None:
-        """tokenizer.json and the chat template."""
-        (folder / "tokenizer.json").write_text(tokens.backend_tokenizer.to_str(), encoding="utf-8")
-        template = tokens.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
-        if template:
-            ChatTemplate(template)  # a template that the runtime cannot use is an error now, not on the device
-            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-    def _report(
-        self,
-        model: Source,
-        tokens: Any,
-        calibration: Calibration | None,
-        left_out: int,
-        checked: verify.Verification,
-        stages: Sequence[PruneStage],
-        nodes: int,
-        folder: Path,
-        began: float,
-    ) -> dict[str, Any]:
-        measured = None
-        if calibration is not None:
-            measured = calibration.report | {"left_out": left_out, "example": self._example(tokens, calibration)}
-        size = sum(path.stat().st_size for path in folder.iterdir() if path.name in (decoder.GRAPH, decoder.WEIGHTS))
-        return {
-            "format": "fstq-report",
-            "version": 1,
-            "model": {
-                "source": _public(model.name),
-                "architecture": model.architecture,
-                "layers": model.layers,
-                "parameters": self.parameters,
-                "dtype": self.request.dtype,
-            },
-            "calibration": measured,
-            "precision": self.quantized.report if self.quantized else None,
-            "verification": checked.to_json(),
-            "adapters": self.adapted,
-            "graph": {
-                "stages": [{"layer": s.stage.layer, "sink": s.stage.sink, "window": s.stage.window} for s in stages],
-                "bytes": size,
-                "nodes": nodes,
-            },
-            "resources": {
-                "seconds": round(time.monotonic() - began, 2),
-                "peak_rss_bytes": peak_rss(),
-                "steps": self.steps,
-            },
-        }
-
-    def _example(self, tokens: Any, calibration: Calibration) -> dict[str, Any]:
-        """A held-out prompt with scores and what stays at 25 %, for the heat map."""
-        item, scores, kept = calibration.example
-        return {
-            "tokens": _pieces(tokens, item.prompt),
-            "scores": [float(s) for s in scores],
-            "kept": [i in kept for i in range(len(scores))],
-            "keep": SHOWN,
-            "question_start": None,
-            "answer": tokens.decode(list(item.answer)),
-        }
-
-    def _manifest(
-        self,
-        model: Source,
-        calibration: Calibration | None,
-        stages: Sequence[PruneStage],
-        generation: GenerationDefaults,
-    ) -> Manifest:
-        config, recipe, merge = model.config, self.request.recipe, self.request.adapters.merge
-        contract, keep = None, recipe.wanted or 1.0
-        if calibration is not None:
-            contract = Contract(calibration.met, calibration.metric, recipe.max_quality_drop, calibration.drop)
-            keep = calibration.keep
-        return Manifest(
-            model=ModelInfo(
-                architecture=model.architecture,
-                model_type=config.model_type,
-                layers=model.layers,
-                hidden_size=config.hidden_size,
-                vocab_size=config.vocab_size,
-                max_positions=config.max_position_embeddings,
-                parameters=self.parameters,
-                dtype=self.request.dtype,
-            ),
-            stages=tuple(s.stage for s in stages),
-            pruning=Pruning(
-                keep if stages else 1.0,
-                calibration.score if calibration else "window",
-                calibration is not None,
-                contract,
-                calibration.auto if calibration is not None else None,
-            ),
-            generation=generation,
-            provenance=Provenance(
-                source=_public(model.name) + (f" with adapter {merge.resolve().name}" if merge is not None else ""),
-                source_sha256=model.sha256,
-                libraries={name: _version(name) for name in LIBRARIES},
-                seed=recipe.seed,
-                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                tool=f"fstq-infer {_version('fstq-infer')}",
-            ),
-        )
-
-
-def _pieces(tokens: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds, spaces kept; empty where a token only begins a character."""
-    stream = TextStream(Tokenizer(tokens.backend_tokenizer))
-    return [stream.push(token) for token in ids]
-
-
-def _public(name: str) -> str:
-    """The model's name for files that are passed on: of a local folder its last part, not where it lies."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def export(request: Request, progress: Progress = lambda _name, _done, _total: None) -> Done:

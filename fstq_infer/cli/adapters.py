@@ -24,13 +24,13 @@ def adapter_add(
     json: Json = False,
 ) -> None:
     """Check an adapter and put it into a bundle; engines that are built stay valid."""
-    load("fstq_infer.commands:adapter_add", "fstq adapter", "ort")(bundle, folder, name=name, force=force, json=json)
+    load("fstq_infer.adapters.command:add", "fstq adapter", "ort")(bundle, folder, name=name, force=force, json=json)
 
 
 @adapters.command("list", epilog=examples("fstq adapter list my.bundle"))
 def adapter_list(bundle: Bundle, json: Json = False) -> None:
     """Show a bundle's adapters."""
-    load("fstq_infer.commands:adapter_list", "fstq adapter", "ort")(bundle, json=json)
+    load("fstq_infer.adapters.command:show", "fstq adapter", "ort")(bundle, json=json)
 
 
 @adapters.command("remove", epilog=examples("fstq adapter remove my.bundle medical"))
@@ -42,4 +42,4 @@ def adapter_remove(
     json: Json = False,
 ) -> None:
     """Take an adapter out of a bundle."""
-    load("fstq_infer.commands:adapter_remove", "fstq adapter", "ort")(bundle, name, json=json)
+    load("fstq_infer.adapters.command:remove", "fstq adapter", "ort")(bundle, name, json=json)

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,8 +81,21 @@ def costs_on(name: str) -> Costs:
     if not name.endswith(".toml"):
         board, _, mode = name.partition("@")
         return Board(boards.find(board).in_mode(mode) if mode else boards.find(board))
-    found = load(_read(Path(name)), name, LARGEST, "a device profile")
-    return Board(boards.parsed(found, name)) if found.get("format") == boards.FORMAT else Profile.parsed(found, name)
+    try:
+        with open(name, "rb") as file:
+            data = file.read(LARGEST + 1)
+    except OSError as error:
+        raise OptionError(
+            f"the profile {name} cannot be read: {error}; write one on the device with 'fstq build --profile', or name "
+            f"a board: {', '.join(boards.names())}"
+        ) from error
+    return costs_in(data, name)
+
+
+def costs_in(data: bytes, place: str) -> Costs:
+    """Of a file's content. Raises OptionError naming ``place`` and what is wrong, whatever the input."""
+    found = load(data, place, LARGEST, "a board's profile, or one as 'fstq build --profile' writes it")
+    return Board(boards.parsed(found, place)) if found.get("format") == boards.FORMAT else Profile.parsed(found, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +194,8 @@ class Profile:
         return "\n".join(lines) + "\n"
 
     @classmethod
-    def from_toml(cls, data: bytes, place: str) -> Profile:
-        """Raises OptionError naming ``place`` and what is wrong, whatever the input."""
-        return cls.parsed(load(data, place, LARGEST, "a profile as 'fstq build --profile' writes it"), place)
-
-    @classmethod
     def parsed(cls, data: Mapping[str, Any], place: str) -> Profile:
-        """Of a file's TOML tables; errors as :meth:`from_toml`."""
+        """Of a file's TOML tables. Raises OptionError naming ``place`` and what is wrong."""
         top = Table(data, place)
         top.format(FORMAT, VERSION)
         top.only("format", "version", "device", "bandwidth", "rate", "kernels")
@@ -204,19 +211,3 @@ class Profile:
             kernels[sizes[0], sizes[1], form, sizes[2]] = table.number("seconds", above=True)
         rates = Roofline(top.number("bandwidth", above=True), top.number("rate", above=True))
         return cls(top.value("device", str), rates, kernels)
-
-    @classmethod
-    def read(cls, path: Path) -> Profile:
-        """Raises OptionError for a file that cannot be read or is no profile."""
-        return cls.from_toml(_read(path), str(path))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(LARGEST + 1)
-    except OSError as error:
-        raise OptionError(
-            f"the profile {path} cannot be read: {error}; write one on the device with 'fstq build --profile', or name "
-            f"a board: {', '.join(boards.names())}"
-        ) from error

@@ -111,10 +111,16 @@ def test_a_manifest_that_would_be_too_large(bundle: Path, tmp_path: Path, monkey
     assert (bundle / "manifest.json").read_bytes() == before and not (bundle / "adapters").exists()
 
 
-def test_the_old_adapter_stays_where_the_new_one_cannot_be_written(bundle: Path, tmp_path: Path) -> None:
+def test_the_old_adapter_stays_where_the_new_one_cannot_be_written(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.add(bundle, "med", write(tmp_path / "med"))
     before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
-    (bundle / "adapters" / f".med.safetensors.partial-{os.getpid()}").mkdir()  # writing there fails
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BundleError, match="cannot be changed"):
         store.add(bundle, "med", write(tmp_path / "other", lora_alpha=60), force=True)
     assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before

@@ -25,6 +25,7 @@ from fstq_engines.cache import SIDECAR, Cpu, Sidecar
 
 from fstq_infer import errors, machine
 from fstq_infer.bundle import Bundle
+from fstq_infer.runtime.load import open_engine
 from fstq_infer.runtime.ort import OrtEngine
 from tests.conftest import write_bundle
 
@@ -113,7 +114,7 @@ def test_a_second_build_reuses_the_engine_and_force_does_not(tiny_bundle: Bundle
 
 def test_a_loaded_engine_computes_what_the_bundle_does(tiny_bundle: Bundle, engine: Path) -> None:
     made = parity.cases(tiny_bundle.manifest.model, tiny_bundle.manifest.stages)
-    loaded = ort.load(engine, tiny_bundle, threads=1, checksums=True)
+    loaded = open_engine(tiny_bundle, directory=engine, threads=1)
     reference = OrtEngine(tiny_bundle.path, tiny_bundle)
     result = parity.compare(made, parity.run(reference, made), parity.run(loaded, made), "float32")
     assert result.difference < 1e-4 and result.tokens == 96
@@ -123,7 +124,7 @@ def test_an_engine_needs_its_bundle_no_more(tiny_graph: Path, tmp_path: Path) ->
     bundle = write_bundle(tmp_path / "b", tiny_graph)
     engine = ort.build(bundle, directory=tmp_path / "engine")
     shutil.rmtree(bundle.path)
-    loaded = ort.load(engine, bundle)
+    loaded = open_engine(bundle, directory=engine)
     ids = np.arange(5, dtype=np.int64)[None]
     assert np.isfinite(loaded.forward(ids, ids, np.full((1, 2), 5), loaded.empty_cache(1)).logits).all()
 
@@ -210,15 +211,14 @@ def test_an_engine_of_another_bundle_is_refused(
     tiny_graph: Path, tiny_bundle: Bundle, engine: Path, tmp_path: Path
 ) -> None:
     other = write_bundle(tmp_path / "other bundle", tiny_graph, parameters=41_000)
-    for use in (lambda: ort.load(engine, other), lambda: ort.build(other, directory=engine)):
-        with pytest.raises(errors.EngineMismatchError) as caught:
-            use()
-        message = str(caught.value)
-        for part in (tiny_bundle.manifest_sha256[:12], other.manifest_sha256[:12], str(tiny_bundle.path)):
-            assert part in message
-        assert f"fstq build '{other.path}' --force" in message
+    with pytest.raises(errors.EngineMismatchError) as caught:
+        open_engine(other, directory=engine)
+    message = str(caught.value)
+    for part in (tiny_bundle.manifest_sha256[:12], other.manifest_sha256[:12], str(tiny_bundle.path)):
+        assert part in message
+    assert f"fstq build '{other.path}' --force" in message
     assert ort.build(other, directory=engine, force=True) == engine
-    ort.load(engine, other)
+    open_engine(other, directory=engine)
 
 
 @pytest.mark.parametrize("what", ["version", "cpu"])
@@ -236,7 +236,7 @@ def test_an_engine_of_another_version_or_cpu_is_refused(
         monkeypatch.setattr(cache, "this_cpu", lambda: Cpu("aarch64 Orin with 9 CPU features", "f" * 64))
         match = r"the CPU was .*, now it is aarch64 Orin with 9 CPU features \(ffff.*fstq build .*tiny\.bundle --force"
     with pytest.raises(errors.EngineMismatchError, match=match):
-        ort.load(engine, tiny_bundle)
+        open_engine(tiny_bundle, directory=engine)
     assert ort.build(tiny_bundle) != engine  # in the cache it has a place of its own
     assert len(listing(engine_cache)) == 2
 
@@ -276,28 +276,22 @@ def test_a_damaged_engine_is_built_again(
     tiny_bundle: Bundle, engine: Path, damage: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(engine)
-    with pytest.raises(errors.EngineError, match="Rebuild it with: fstq build"):
-        ort.load(engine, tiny_bundle)
-    ort.build(tiny_bundle, directory=engine)
+    open_engine(tiny_bundle, directory=engine)
     assert "The engine is built again" in caplog.text
-    ort.load(engine, tiny_bundle, checksums=True)
+    Sidecar.read(engine).verify(engine, checksums=True)
 
 
 def test_changed_content_is_found_when_asked(
     tiny_bundle: Bundle, engine: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flip(engine)
-    ort.load(engine, tiny_bundle)  # reading all weights would take as long as loading them
+    open_engine(tiny_bundle, directory=engine)  # reading all weights would take as long as loading them
+    assert caplog.text == ""
     with pytest.raises(errors.EngineError, match="content has changed"):
-        ort.load(engine, tiny_bundle, checksums=True)
+        Sidecar.read(engine).verify(engine, checksums=True)
     ort.build(tiny_bundle, directory=engine, checksums=True)
     assert "content has changed" in caplog.text
-    ort.load(engine, tiny_bundle, checksums=True)
-
-
-def test_an_absent_engine(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(errors.EngineError, match=r"holds no engine: .*fstq build"):
-        ort.load(tmp_path / "absent", tiny_bundle)
+    Sidecar.read(engine).verify(engine, checksums=True)
 
 
 def test_a_lost_sidecar_in_the_cache(tiny_bundle: Bundle, engine_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -305,7 +299,7 @@ def test_a_lost_sidecar_in_the_cache(tiny_bundle: Bundle, engine_cache: Path, ca
     (engine / SIDECAR).unlink()
     assert ort.build(tiny_bundle) == engine
     assert "has lost its engine.json" in caplog.text
-    ort.load(engine, tiny_bundle)
+    Sidecar.read(engine).verify(engine, checksums=True)
 
 
 def test_other_files_are_never_replaced(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -443,14 +437,12 @@ def test_kill_9_leaves_no_half_engine(tiny_bundle: Bundle, engine_cache: Path, s
     assert killed.communicate()[0] == "" and killed.returncode == -9
     key = ort.identity(tiny_bundle).key
     assert listing(engine_cache) == {f".{key}.partial-{killed.pid}"}
-    with pytest.raises(errors.EngineError, match="holds no engine"):
-        ort.load(cache.default_directory(ort.identity(tiny_bundle)), tiny_bundle)
     engine = ort.build(tiny_bundle)
     assert listing(engine_cache) == {key}
     before = stamps(engine)
     assert start(tiny_bundle, step, "force").wait() == -9  # a rebuild that is killed
     assert stamps(engine) == before
-    ort.load(engine, tiny_bundle, checksums=True)
+    Sidecar.read(engine).verify(engine, checksums=True)
 
 
 @posix
@@ -466,7 +458,7 @@ def test_kill_9_at_any_time(tiny_bundle: Bundle, engine_cache: Path) -> None:
         builder.kill()
         builder.communicate()
         if key in listing(engine_cache):
-            ort.load(engine_cache / key, tiny_bundle, checksums=True)
+            Sidecar.read(engine_cache / key).verify(engine_cache / key, checksums=True)
             shutil.rmtree(engine_cache / key)
 
 

@@ -39,7 +39,7 @@ from fstq_infer.errors import (
     ParityError,
     VerificationError,
 )
-from fstq_infer.runtime.load import build_engine
+from fstq_infer.runtime.load import build_engine, open_engine
 from fstq_infer.runtime.ort import ADAPTED, MODEL
 from fstq_infer.runtime.ort_caches import SharedCache
 
@@ -358,7 +358,7 @@ def test_both_graphs_write_in_place_and_pick_the_largest_logits(
     monkeypatch.setattr("fstq_engines.shortlist.SMALLEST", 1)
     monkeypatch.setattr("fstq_engines.shortlist.COUNT", 8)
     bundle = Bundle.open(built["bundle"])
-    engine = backend.load(backend.build(bundle, directory=tmp_path / "engine"), bundle, threads=1)
+    engine = open_engine(bundle, directory=tmp_path / "engine", threads=1)
     given = (np.array([ids(20)]), np.arange(20)[None], np.full((1, len(engine.stages)), 20))
     for one in (engine, engine.adapted([store.load(bundle, "med")])):
         step = one.forward(*given, one.empty_cache(1))

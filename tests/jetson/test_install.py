@@ -52,7 +52,8 @@ def test_commands(tmp_path: Path, release: str, jetpack: str) -> None:
     made, upgraded, installed, doctor = steps(done)
     assert made == f"{sys.executable} -m venv --system-site-packages {tmp_path}/fstq-venv"
     assert upgraded.endswith("-m pip install --upgrade pip")
-    assert installed.endswith(f"-m pip install {ROOT}[ort]")
+    cuda = "cuda-python<13" if jetpack == "6" else "cuda-python"
+    assert installed.endswith(f"-m pip install {ROOT}[ort,tensorrt] {cuda}")
     assert doctor == f"{tmp_path}/fstq-venv/bin/fstq doctor"
     assert not (tmp_path / "fstq-venv").exists()
 
@@ -62,7 +63,7 @@ def test_wheel_index(tmp_path: Path) -> None:
     done = install("--dry-run", "--venv", str(tmp_path / "v"), *options, folder=tmp_path)
     _, _, runtime, package, _ = steps(done)
     assert runtime.endswith("install --no-deps --index-url https://wheels.example/jp6 onnxruntime-gpu==1.23.0")
-    assert package == f"{tmp_path}/v/bin/python -m pip install fstq-infer[ort-gpu]"
+    assert package == f"{tmp_path}/v/bin/python -m pip install fstq-infer[ort-gpu,tensorrt] cuda-python<13"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fstq_infer import device
 from fstq_infer.errors import OptionError
 from fstq_infer.quant.formats import FORMATS
-from fstq_infer.quant.latency import DYNAMIC_RATE, Profile, Roofline, Target, costs_on
+from fstq_infer.quant.latency import DYNAMIC_RATE, Profile, Roofline, Target, costs_in, costs_on
 
 ROOF = Roofline(1e9, 1e10)
 PROFILE = Profile(
@@ -21,8 +21,8 @@ PROFILE = Profile(
 
 
 def test_text_and_back() -> None:
-    assert Profile.from_toml(PROFILE.to_toml().encode(), "p.toml") == PROFILE
-    assert Profile.from_toml(Profile("bare", ROOF).to_toml().encode(), "p.toml") == Profile("bare", ROOF)
+    assert costs_in(PROFILE.to_toml().encode(), "p.toml") == PROFILE
+    assert costs_in(Profile("bare", ROOF).to_toml().encode(), "p.toml") == Profile("bare", ROOF)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 1e-4), (101, 2.1e-3), (51, 1.1e-3), (202, 4.2e-3)])
@@ -52,7 +52,7 @@ kernels = st.dictionaries(
 @given(st.text(max_size=30), kernels)
 @settings(max_examples=50, deadline=None)
 def test_any_profile_comes_back(device: str, found: dict[tuple[int, int, str, int], float]) -> None:
-    again = Profile.from_toml(Profile(device, ROOF, found).to_toml().encode(), "p.toml")
+    again = costs_in(Profile(device, ROOF, found).to_toml().encode(), "p.toml")
     assert again.kernels == found and again.roofline == ROOF
     assert again.device == device or not device.isprintable()
 
@@ -61,7 +61,7 @@ def test_any_profile_comes_back(device: str, found: dict[tuple[int, int, str, in
 @settings(max_examples=100, deadline=None)
 def test_noise_is_refused_by_name(data: bytes) -> None:
     with pytest.raises(OptionError, match=r"^here\.toml"):
-        Profile.from_toml(data, "here.toml")
+        costs_in(data, "here.toml")
 
 
 def swap(old: str, new: str) -> Callable[[str], str]:
@@ -90,13 +90,13 @@ def swap(old: str, new: str) -> Callable[[str], str]:
 )
 def test_a_wrong_profile_says_what_is_wrong(change: Callable[[str], str], words: str) -> None:
     with pytest.raises(OptionError, match=r"^p\.toml") as caught:
-        Profile.from_toml(change(PROFILE.to_toml()).encode(), "p.toml")
+        costs_in(change(PROFILE.to_toml()).encode(), "p.toml")
     assert words in str(caught.value)
 
 
 def test_a_profile_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"cannot be read.*fstq build --profile"):
-        Profile.read(tmp_path / "none.toml")
+        costs_on(str(tmp_path / "none.toml"))
 
 
 def test_targets() -> None:
