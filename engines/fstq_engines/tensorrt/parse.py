@@ -188,24 +188,40 @@ def _timing(module: Any, job: Job, config: Any) -> Any:
 
 
 def _serialize(module: Any, builder: Any, network: Any, config: Any, out: Path) -> None:
-    """Write the plan piece by piece where that is possible: an engine is as large as its weights."""
+    """Write the plan piece by piece where that is possible: an engine is as large as its weights.
+
+    Raises EngineError where it cannot be written.
+    """
     writer = getattr(module, "IStreamWriter", None)
+    failed: list[OSError] = []
     if writer is None or not hasattr(builder, "build_serialized_network_to_stream"):
         plan = builder.build_serialized_network(network, config)
         if plan is not None:
-            out.write_bytes(plan)
-        return
-    with out.open("wb") as file:
+            try:
+                out.write_bytes(plan)
+            except OSError as error:
+                failed.append(error)
+    else:
+        with out.open("wb", buffering=0) as file:
 
-        class Writer(writer):  # type: ignore[misc, valid-type]
-            def __init__(self) -> None:
-                super().__init__()
+            class Writer(writer):  # type: ignore[misc, valid-type]
+                def __init__(self) -> None:
+                    super().__init__()
 
-            def write(self, data: Any) -> int:
-                return file.write(data)
+                def write(self, data: Any) -> int:
+                    left = memoryview(data).cast("B")
+                    size = len(left)
+                    try:
+                        while left:
+                            left = left[file.write(left) :]
+                    except OSError as error:  # must not pass through TensorRT's own frames
+                        failed.append(error)
+                    return size - len(left)
 
-        if not builder.build_serialized_network_to_stream(network, config, Writer()):
-            file.truncate(0)
+            if not builder.build_serialized_network_to_stream(network, config, Writer()) and not failed:
+                file.truncate(0)
+    if failed:
+        raise EngineError(f"{out} cannot be written: {failed[0]}. Free some space, and build again.") from failed[0]
 
 
 def _last(messages: Messages) -> str:
