@@ -2,7 +2,8 @@
 
 A kernel takes the longer of moving its bytes and doing its operations, each at the share of the peak that the profile
 assumes (Williams et al., 2009); a decoder layer adds a fixed cost for its launches, a prefill another. Weights in few
-bits that only save memory (int8, int4, fp8, nvfp4) compute in half precision; int8-dynamic computes as such.
+bits that only save memory (int8, int4, fp8, nvfp4) compute in half precision; int8-dynamic computes as such, and so does
+nvfp4-w4a4, which other engines have and ours has not: published speeds are of it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from fstq_infer.errors import OptionError
 from fstq_infer.quant.formats import named
 
 HALF = 2  # bytes of an activation and of a cached number
-COMPUTES_IN = {"fp32": "fp32", "int8-dynamic": "int8"}  # all others: fp16
+COMPUTES_IN = {"fp32": "fp32", "int8-dynamic": "int8", "nvfp4-w4a4": "fp4"}  # all others: fp16
+PUBLISHED = {"nvfp4-w4a4": "nvfp4"}  # -> how weights are stored
 
 
 def weight_bytes(n: int, k: int, format: str) -> int:
     """Of a matrix with n outputs and k inputs, scales counted. Raises OptionError for an unknown format."""
-    return named(format).bytes(n, k)
+    return named(PUBLISHED.get(format, format)).bytes(n, k)
 
 
 def linear_seconds(profile: Profile, n: int, k: int, format: str, tokens: int) -> float:
@@ -29,7 +31,7 @@ def linear_seconds(profile: Profile, n: int, k: int, format: str, tokens: int) -
     Raises OptionError for a format that is unknown or that the device does not have.
     """
     moved = weight_bytes(n, k, format) + tokens * (n + k) * HALF
-    if format not in profile.formats:
+    if PUBLISHED.get(format, format) not in profile.formats:
         raise OptionError(f"{profile.title} (SM {profile.sm}) has no {format}; it has {', '.join(profile.formats)}")
     return _seconds(profile, moved, 2 * n * k * tokens, COMPUTES_IN.get(format, "fp16"))
 

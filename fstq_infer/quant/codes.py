@@ -21,7 +21,7 @@ RATIOS = np.linspace(1.15, 0.55, 19, dtype=np.float32)  # of the scale that just
 WEIGHTS_AT_ONCE = 1 << 22  # that are rounded, or become numbers again, at a time
 LAZY = 64  # columns between two updates of all later ones
 DAMPING = 0.01  # of the mean second moment, added to each
-SMALLEST = np.float16(2.0**-24)
+SMALLEST, LARGEST_SHORT = np.float16(2.0**-24), np.float32(15 << 12)  # the latter: of four significant bits
 INPUT_LEVELS, TINY = 127, np.float32(1e-30)  # of an input that is rounded to int8; a largest input that stays above 0
 
 
@@ -134,7 +134,7 @@ def _search(blocks: Matrix, cost: Matrix, form: Format) -> NDArray[np.float16]:
 def _stored(scales: Matrix, form: Format) -> NDArray[np.float16]:
     """Scales as they are stored: positive half precision numbers, of four significant bits where they have eight."""
     if form.scale_bits == 8:
-        fraction, exponent = np.frexp(scales)
+        fraction, exponent = np.frexp(np.minimum(scales, LARGEST_SHORT))
         scales = np.ldexp(np.rint(fraction * 16) / 16, exponent)
     return np.clip(scales, float(SMALLEST), float(np.finfo(np.float16).max)).astype(np.float16)
 

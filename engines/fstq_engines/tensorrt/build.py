@@ -21,7 +21,7 @@ from fstq_engines.tensorrt.settings import Settings, default_settings
 from fstq_infer.adapters import tensors
 from fstq_infer.atomic import atomic_directory, sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
-from fstq_infer.errors import BundleError, EngineError, MissingExtraError, ParityError
+from fstq_infer.errors import BundleError, EngineError, MissingExtraError, OptionError, ParityError
 from fstq_infer.machine import available_memory, give_back_memory, peak_rss
 from fstq_infer.runtime.trt import PLAN
 from fstq_infer.runtime.trt_adapters import PROBES
@@ -84,6 +84,8 @@ def plan(bundle: Bundle, backend: str, options: Mapping[str, Any] | None = None,
     lora = bundle.manifest.lora
     if lora is not None and given.get("rank") is None:
         given["rank"] = lora.rank
+    if workspace is not None and workspace < 1:
+        raise OptionError(f"workspace is {workspace}; expected MiB above 0, such as 512")
     settings = default_settings(bundle.manifest.model.max_positions, **given)
     here = found or gpu.this_gpu()
     build_sm = None

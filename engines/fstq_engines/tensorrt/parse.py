@@ -54,10 +54,8 @@ def _monitor(module: Any, say: Say, stop: threading.Event) -> Any:
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self.steps[phase] = steps
             if parent is None:
                 say(f"TensorRT: {phase}")
 
@@ -65,7 +63,7 @@ def _monitor(module: Any, say: Say, stop: threading.Event) -> Any:
             return not stop.is_set()
 
         def phase_finish(self, phase: str) -> None:
-            self.steps.pop(phase, None)
+            """Nothing is told: the next phase's start says it."""
 
     return Monitor()
 
@@ -85,7 +83,7 @@ class Job:
     timing_cache: Path | None = None
 
 
-def compile_plan(trt: TensorRT, job: Job, out: Path, say: Say) -> Messages:
+def compile_plan(trt: TensorRT, job: Job, out: Path, say: Say) -> None:
     """Parse the graph, build it and write the plan to ``out``. Raises EngineError with TensorRT's own reason.
 
     Ctrl-C ends the build at its next step and is then raised.
@@ -111,7 +109,6 @@ def compile_plan(trt: TensorRT, job: Job, out: Path, say: Say) -> Messages:
         raise
     if failed:
         raise failed[0]
-    return messages
 
 
 def _compile(trt: TensorRT, job: Job, out: Path, say: Say, stop: threading.Event, messages: Messages) -> None:

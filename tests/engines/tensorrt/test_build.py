@@ -340,6 +340,11 @@ def test_a_full_disk_is_told(dense: Bundle, rtx: Any, tmp_path: Path) -> None:
         build.compile_into(made, tmp_path, lambda _: None)
 
 
+def test_scratch_memory_is_a_number_above_zero(dense: Bundle, rtx: Any) -> None:
+    with pytest.raises(OptionError, match="workspace is -5; expected MiB above 0"):
+        build.plan(dense, "tensorrt-rtx", {"workspace": -5, "target": "sm86"})
+
+
 def test_an_engine_that_no_device_could_load_is_not_built(dense: Bundle, rtx: Any, engine_cache: Path) -> None:
     with pytest.raises(EngineError, match=r"does not build for orin-nano \(SM 87\).*fstq lint .* --target orin-nano"):
         build_engine(dense, "tensorrt-rtx", options=SMALL | {"target": "orin-nano"})
