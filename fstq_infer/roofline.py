@@ -2,7 +2,7 @@
 
 A kernel takes the longer of moving its bytes and doing its operations, each at the share of the peak that the profile
 assumes (Williams et al., 2009); a decoder layer adds a fixed cost for its launches, a prefill another. Weights in few
-bits that only save memory (int8, int4, fp8, nvfp4) compute in half precision; int8-dynamic computes as such, and so does
+bits that only save memory (int8, int4, fp8, nvfp4) compute in half precision; int8-dynamic computes as such, as does
 nvfp4-w4a4, which other engines have and ours has not: published speeds are of it.
 """
 
