@@ -41,6 +41,23 @@ def lowered(graph: Path, row: str, borders: list[int], dtype: str = "float32", r
     return lower(ir.load(graph), ROWS[row], borders, "float32", dtype, room)
 
 
+def widened(model: ir.Model) -> ir.Model:
+    """A model in bfloat16, for which ONNX Runtime's CPU provider has few kernels, in float32: weights stay rounded."""
+    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    graph = model.graph
+    for value in graph.initializers.values():
+        if value.dtype == narrow:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+    for node in graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == int(narrow):
+            node.attributes["to"] = ir.AttrInt64("to", int(wide))
+    made = [value for node in graph for value in node.outputs]
+    for value in [*graph.inputs, *graph.initializers.values(), *made]:
+        if value.dtype == narrow:
+            value.type = ir.TensorType(wide)
+    return model
+
+
 def unpacked(model: ir.Model) -> ir.Model:
     """The model with numbers in the place of FP4, which ONNX Runtime lacks: as ml_dtypes and NumPy make them."""
     graph = model.graph
