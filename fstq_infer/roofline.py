@@ -2,7 +2,8 @@
 
 A kernel takes the longer of moving its bytes and doing its operations, each at the share of the peak that the profile
 assumes (Williams et al., 2009); a decoder layer adds a fixed cost for its launches, a prefill another. Weights in few
-bits that only save memory (int8, int4) compute in half precision; int8-dynamic, fp8 and nvfp4 compute as such.
+bits that only save memory (int8, int4, fp8, nvfp4) compute in half precision; int8-dynamic computes as such, as does
+nvfp4-w4a4, which other engines have and ours has not: published speeds are of it.
 """
 
 from __future__ import annotations
@@ -11,24 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fstq_infer.device import Profile
-from fstq_infer.errors import OptionError, suggestion
-from fstq_infer.quant.formats import FORMATS
+from fstq_infer.errors import OptionError
+from fstq_infer.quant.formats import named
 
 HALF = 2  # bytes of an activation and of a cached number
-COMPUTES_IN = {"fp32": "fp32", "int8-dynamic": "int8", "fp8": "fp8", "nvfp4": "fp4"}  # all others: fp16
+COMPUTES_IN = {"fp32": "fp32", "int8-dynamic": "int8", "nvfp4-w4a4": "fp4"}  # all others: fp16
+PUBLISHED = {"nvfp4-w4a4": "nvfp4"}  # -> how weights are stored
 SAME = {"int4-128-dynamic": "int4-128"}  # on devices: the int8 copy is for a CPU's kernels
-DEVICE_FORMATS = {"fp8": (8, 0), "nvfp4": (4, 16)}  # (bits, weights that share a scale of 8 bits), on devices only
 
 
 def weight_bytes(n: int, k: int, format: str) -> int:
     """Of a matrix with n outputs and k inputs, scales counted. Raises OptionError for an unknown format."""
-    if format in FORMATS:
-        return FORMATS[format].bytes(n, k)
-    if format not in DEVICE_FORMATS:
-        known = (*FORMATS, *DEVICE_FORMATS)
-        raise OptionError(f"there is no format {format!a}; {suggestion(format, known)}")
-    bits, block = DEVICE_FORMATS[format]
-    return -(-n * k * bits // 8) + (n * -(-k // block) if block else 0)
+    return named(PUBLISHED.get(format, format)).bytes(n, k)
 
 
 def linear_seconds(profile: Profile, n: int, k: int, format: str, tokens: int) -> float:
@@ -38,7 +33,7 @@ def linear_seconds(profile: Profile, n: int, k: int, format: str, tokens: int) -
     """
     format = SAME.get(format, format)
     moved = weight_bytes(n, k, format) + tokens * (n + k) * HALF
-    if format not in profile.formats:
+    if PUBLISHED.get(format, format) not in profile.formats:
         raise OptionError(f"{profile.title} (SM {profile.sm}) has no {format}; it has {', '.join(profile.formats)}")
     return _seconds(profile, moved, 2 * n * k * tokens, COMPUTES_IN.get(format, "fp16"))
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from fstq_infer import device
 from fstq_infer.errors import OptionError
 from fstq_infer.quant.formats import FORMATS
-from fstq_infer.roofline import DEVICE_FORMATS
 
 TEXT = (device.folder() / "orin-nano.toml").read_text(encoding="utf-8")
 # Data sheets: sparse INT8 TOPS of the GPU at the fastest clock (Thor: sparse FP8), GB/s, SM.
@@ -38,7 +37,7 @@ def test_profiles_agree_with_data_sheets(name: str) -> None:
     fastest = profile.in_mode("MAXN_SUPER" if "MAXN_SUPER" in profile.modes else "MAXN")
     assert fastest.mode.bandwidth == bandwidth * 1e9 and profile.sm == sm
     assert fastest.flops("int8") == profile.peak["int8"]
-    assert set(profile.formats) <= set(FORMATS) | set(DEVICE_FORMATS)
+    assert set(profile.formats) <= set(FORMATS)
     assert ("nvfp4" in profile.formats) == ("fp4" in profile.peak) == (name == "thor")
 
 

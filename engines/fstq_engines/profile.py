@@ -22,7 +22,7 @@ from fstq_infer.atomic import replace_file
 from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError, OptionError
 from fstq_infer.machine import description
-from fstq_infer.quant.formats import FORMATS, Format
+from fstq_infer.quant.formats import CPU_FORMATS, FORMATS, Format
 from fstq_infer.quant.latency import Kernel, Profile, Roofline
 from fstq_infer.runtime.ort import MODEL, brief, import_onnxruntime, session_options
 
@@ -66,7 +66,7 @@ def measure(matrices: Sequence[tuple[int, int]], tokens: Sequence[int], threads:
     kernels: dict[Kernel, float] = {}
     for outputs, inputs in matrices:
         # Four at a time: a model of each format of a large head would be several GiB.
-        names = list(FORMATS)
+        names = CPU_FORMATS
         for chunk in (names[start : start + 4] for start in range(0, len(names), 4)):
             sessions = {name: _session(FORMATS[name], outputs, inputs, threads) for name in chunk}
             for count in tokens:

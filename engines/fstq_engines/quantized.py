@@ -174,6 +174,8 @@ def _weight(graph: ir.Graph, node: ir.Node) -> Weight | None:
     if codes is None or scales is None or len(codes.shape) != 2:
         return None
     block = source.attributes["block_size"].as_int() if "block_size" in source.attributes else 0
+    if codes.dtype != (ir.DataType.INT4 if block else ir.DataType.INT8):
+        return None  # fp8 and nvfp4: there are no kernels for them here
     return Weight(graph, str(codes.name), codes, scales, block)
 
 

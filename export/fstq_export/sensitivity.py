@@ -253,7 +253,7 @@ class Damage:
         importance, moments = self.importance()
         best = quantize(whole, form, importance)
         least = self.of(best)
-        if form.is_integer and moments is not None:
+        if form.is_scaled and moments is not None:
             other = quantize(whole, form, importance, moments)
             if (damage := self.of(other)) < least:
                 best, least = other, damage

@@ -9,7 +9,10 @@ import typer
 from fstq_infer.errors import FstqError
 
 TARGETS = ("orin-nano", "orin-nx", "agx-orin", "thor", "sm86", "sm120")
-PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4", "int4-64", "int4-128", "int4-128-dynamic")
+PRECISIONS = (
+    *("auto", "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int4", "int4-64", "int4-128", "int4-128-dynamic"),
+    *("fp8", "nvfp4"),
+)
 KEEPS = ("auto", "1.0", "0.5", "0.25", "0.125")
 
 

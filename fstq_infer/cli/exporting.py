@@ -56,8 +56,8 @@ def export(
         str | None,
         typer.Option(
             help="Formats of the weights: auto (least predicted damage within --bits or --bytes; needs --calib), fp32, "
-            "fp16, bf16, int8, int8-dynamic, int4, int4-64, int4-128, int4-128-dynamic, or a plan's file, PLAN.toml; "
-            "default: as --dtype.",
+            "fp16, bf16, int8, int8-dynamic, int4, int4-64, int4-128, int4-128-dynamic, fp8 and nvfp4 (for TensorRT "
+            "where the GPU has them), or a plan's file, PLAN.toml; default: as --dtype.",
             autocompletion=complete.precisions,
         ),
     ] = None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +17,12 @@ from numpy.typing import NDArray
 from fstq_infer.quant.formats import Format
 
 Matrix = NDArray[np.float32]
-Codes = NDArray[np.int8]
+Codes = NDArray[Any]  # int8, or float16 that holds fp8
 RATIOS = np.linspace(1.15, 0.55, 19, dtype=np.float32)  # of the scale that just reaches the largest weight of a block
 WEIGHTS_AT_ONCE = 1 << 22  # that are rounded, or become numbers again, at a time
 LAZY = 64  # columns between two updates of all later ones
 DAMPING = 0.01  # of the mean second moment, added to each
-SMALLEST = np.float16(2.0**-24)
+SMALLEST, LARGEST_SHORT = np.float16(2.0**-24), np.float32(15 << 12)  # the latter: of four significant bits
 INPUT_LEVELS, TINY = 127, np.float32(1e-30)  # of an input that is rounded to int8; a largest input that stays above 0
 
 
@@ -29,7 +30,8 @@ INPUT_LEVELS, TINY = 127, np.float32(1e-30)  # of an input that is rounded to in
 class Quantized:
     """A matrix in a format.
 
-    codes: (rows, columns) int8 in the format's levels; for fp32 and fp16 the numbers, for bf16 their upper 16 bits.
+    codes: (rows, columns) int8 in the format's levels; for fp32, fp16 and fp8 numbers (of fp8 in half precision, which
+    holds them all), for bf16 their upper 16 bits.
     scales: (rows, blocks) half precision, None for formats without.
     """
 
@@ -62,7 +64,7 @@ def quantize(
 
     moments: (columns, columns) second moments of the inputs; with them, rounding errors make up for each other.
     """
-    if not form.is_integer:
+    if not form.is_scaled:
         return Quantized(form, _narrow(weight, form))
     scales = search_scales(weight, form, importance)
     if moments is None:
@@ -107,39 +109,48 @@ def search_scales(weight: Matrix, form: Format, importance: Matrix | None = None
         else:
             cost = importance[rows]
         found.append(_search(_in_blocks(part, form), _in_blocks(np.asarray(cost, np.float32), form), form))
-    return np.concatenate(found)
+    scales = np.concatenate(found)
+    if form.scale_bits == 8:  # all of them normal numbers of E4M3, times one power of two
+        scales = np.maximum(scales, np.float16(max(2.0**-20, float(scales.max()) * 2.0**-13)))
+    return scales
 
 
 def _search(blocks: Matrix, cost: Matrix, form: Format) -> NDArray[np.float16]:
-    low, high = form.levels
     # A weight that no sample touched still counts a little: among equals the plain error decides.
     cost = cost + (1e-3 * cost.mean(-1, keepdims=True) + np.float32(1e-30))
-    peak = np.abs(blocks).max(-1) / high
-    best = _half(peak)
+    peak = np.abs(blocks).max(-1) / np.float32(form.largest)
+    best = _stored(peak, form)
     least = np.full(best.shape, np.inf, np.float32)
     for ratio in RATIOS:
-        codes = np.clip(np.rint(blocks / _half(peak * ratio).astype(np.float32)[..., None]), low, high)
+        codes = form.nearest(blocks / _stored(peak * ratio, form).astype(np.float32)[..., None])
         weighted = cost * codes
         norm = (weighted * codes).sum(-1)
-        fitted = _half((weighted * blocks).sum(-1) / np.maximum(norm, np.float32(1e-38)))
+        fitted = _stored((weighted * blocks).sum(-1) / np.maximum(norm, np.float32(1e-38)), form)
         error = (cost * (blocks - fitted.astype(np.float32)[..., None] * codes) ** 2).sum(-1)
         better = (error < least) & (norm > 0)
         best, least = np.where(better, fitted, best), np.where(better, error, least)
     return best
 
 
-def _half(scales: Matrix) -> NDArray[np.float16]:
-    """Scales as they are stored: positive half precision numbers."""
+def _stored(scales: Matrix, form: Format) -> NDArray[np.float16]:
+    """Scales as they are stored: positive half precision numbers, of four significant bits where they have eight."""
+    if form.scale_bits == 8:
+        fraction, exponent = np.frexp(np.minimum(scales, LARGEST_SHORT))
+        scales = np.ldexp(np.rint(fraction * 16) / 16, exponent)
     return np.clip(scales, float(SMALLEST), float(np.finfo(np.float16).max)).astype(np.float16)
 
 
 def round_to(weight: Matrix, scales: NDArray[np.float16], form: Format) -> Codes:
     """(rows, columns) nearest codes."""
-    low, high = form.levels
-    codes: Codes = np.empty(weight.shape, np.int8)
+    codes: Codes = np.empty(weight.shape, _kind(form))
     for part in _parts(*weight.shape):
-        codes[part] = np.clip(np.rint(weight[part] / _spread(scales[part], form, weight.shape[1])), low, high)
+        codes[part] = form.nearest(weight[part] / _spread(scales[part], form, weight.shape[1]))
     return codes
+
+
+def _kind(form: Format) -> type[np.int8] | type[np.float16]:
+    """What holds a format's codes."""
+    return np.float16 if form.bits == 8 and form.floats is not None else np.int8
 
 
 def _parts(rows: int, columns: int) -> Iterator[slice]:
@@ -165,14 +176,13 @@ def compensated(weight: Matrix, scales: NDArray[np.float16], form: Format, momen
     work = weight[:, order].astype(np.float32)
     spread = _spread(scales, form, weight.shape[1])[:, order]
     factor = _carry(moments[np.ix_(order, order)])
-    low, high = form.levels
-    codes = np.zeros(weight.shape, np.int8)
+    codes: Codes = np.zeros(weight.shape, _kind(form))
     columns = weight.shape[1]
     for start in range(0, columns, LAZY):
         end = min(start + LAZY, columns)
         errors = np.empty((len(work), end - start), np.float32)
         for j in range(start, end):
-            rounded = np.clip(np.rint(work[:, j] / spread[:, j]), low, high)
+            rounded = form.nearest(work[:, j] / spread[:, j])
             codes[:, order[j]] = rounded
             errors[:, j - start] = (work[:, j] - rounded * spread[:, j]) / factor[j, j]
             work[:, j + 1 : end] -= errors[:, j - start, None] * factor[j, j + 1 : end]

@@ -8,9 +8,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fstq_infer.errors import OptionError, suggestion
 
-SCALE_BITS = 16
+
+@dataclass(frozen=True, slots=True)
+class Minifloat:
+    """Floating-point numbers of few bits, without infinities (OCP Microscaling 1.0, section 5.3).
+
+    mantissa: stored bits of it. lowest: exponent of the smallest normal number. largest: number.
+    """
+
+    mantissa: int
+    lowest: int
+    largest: float
+
+    def nearest(self, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Rounded to the nearest such number, ties to the even mantissa; beyond the largest to it."""
+        size = np.minimum(np.abs(numbers), np.float32(self.largest))
+        exponent = np.maximum(np.frexp(size)[1] - 1, self.lowest)
+        step = np.ldexp(np.float32(1), exponent - self.mantissa)
+        return np.asarray(np.copysign(np.rint(size / step) * step, numbers), np.float32)
+
+
+E4M3 = Minifloat(3, -6, 448.0)
+E2M1_TWICE = Minifloat(1, 1, 12.0)  # E2M1 times two: whole numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +44,26 @@ class Format:
     inputs: neighbours among a token's inputs that share a scale where an engine for the CPU rounds them to int8, 0 for
     all of them; None where they stay as they are. Of int4 codes 0 means that such an engine has int8 codes as well, by
     which it reads prompts.
+    floats: what codes are where they are no integers. scale_bits: of one scale; 8: halves with four significant bits,
+    so that each is E4M3 times a power of two that the whole matrix shares.
     """
 
     name: str
     bits: int
     block: int | None = None
     inputs: int | None = None
+    floats: Minifloat | None = None
+    scale_bits: int = 16
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether it has codes and scales."""
+        return self.block is not None
 
     @property
     def is_integer(self) -> bool:
         """Whether it has integer codes and scales."""
-        return self.block is not None
+        return self.is_scaled and self.floats is None
 
     @property
     def levels(self) -> tuple[int, int]:
@@ -43,6 +76,15 @@ class Format:
         """Whether an engine for the CPU holds the matrix a second time, as int8."""
         return self.bits == 4 and self.inputs == 0
 
+    @property
+    def largest(self) -> float:
+        """Code."""
+        return self.levels[1] if self.floats is None else self.floats.largest
+
+    def nearest(self, numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Nearest codes of weights over their scale."""
+        return np.clip(np.rint(numbers), *self.levels) if self.floats is None else self.floats.nearest(numbers)
+
     def blocks(self, columns: int) -> int:
         """Scales of one row."""
         return 0 if self.block is None else -(-columns // (self.block or columns))
@@ -50,7 +92,7 @@ class Format:
     def bytes(self, rows: int, columns: int) -> int:
         """Size of a matrix with its scales; codes are packed."""
         codes = -(-rows * columns * self.bits // 8)
-        return codes + rows * self.blocks(columns) * SCALE_BITS // 8
+        return codes + rows * self.blocks(columns) * self.scale_bits // 8
 
 
 _ALL = (
@@ -63,8 +105,11 @@ _ALL = (
     Format("int4-64", 4, 64, inputs=64),
     Format("int4-128", 4, 128, inputs=128),
     Format("int4-128-dynamic", 4, 128, inputs=0),
+    Format("fp8", 8, 0, floats=E4M3),
+    Format("nvfp4", 4, 16, floats=E2M1_TWICE, scale_bits=8),
 )
 FORMATS: Mapping[str, Format] = {one.name: one for one in _ALL}
+CPU_FORMATS = tuple(one.name for one in _ALL if one.floats is None)  # for which ONNX Runtime has kernels
 
 
 def named(name: str, what: str = "format") -> Format:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fstq_infer import device as boards
 from fstq_infer.errors import OptionError
-from fstq_infer.quant.formats import FORMATS, named
+from fstq_infer.quant.formats import CPU_FORMATS, FORMATS, named
 from fstq_infer.quant.toml import Table, load, number, text
 from fstq_infer.roofline import linear_seconds
 
@@ -159,7 +159,7 @@ class Profile:
     @property
     def formats(self) -> tuple[str, ...]:
         """Those that it has; where one was not measured, the roofline stands in."""
-        return tuple(FORMATS)
+        return CPU_FORMATS
 
     def seconds(self, outputs: int, inputs: int, form: str, tokens: int) -> float:
         """As measured; between measured numbers of tokens, and beyond the most, in proportion; else by roofline."""

@@ -15,18 +15,18 @@ from fstq_engines.quantized import QuantizedLayers  # noqa: E402
 
 from fstq_infer.bundle import Bundle  # noqa: E402
 from fstq_infer.errors import OptionError  # noqa: E402
-from fstq_infer.quant.formats import FORMATS  # noqa: E402
+from fstq_infer.quant.formats import CPU_FORMATS, FORMATS  # noqa: E402
 from fstq_infer.quant.latency import Profile, costs_on  # noqa: E402
 
 
 def test_every_format_is_measured() -> None:
     found = profile.measure([(48, 32), (24, 80)], [1, 9], threads=1, seconds=0.0)
-    assert set(found.kernels) == {(o, i, f, t) for o, i in ((48, 32), (24, 80)) for f in FORMATS for t in (1, 9)}
+    assert set(found.kernels) == {(o, i, f, t) for o, i in ((48, 32), (24, 80)) for f in CPU_FORMATS for t in (1, 9)}
     assert all(0 < seconds < 60 for seconds in found.kernels.values())
     assert "1 threads, onnxruntime" in found.device
 
 
-@pytest.mark.parametrize("form", list(FORMATS))
+@pytest.mark.parametrize("form", CPU_FORMATS)
 def test_kernels_are_those_of_an_engine(form: str) -> None:
     model = profile.layer(FORMATS[form], 24, 80)
     lowering = QuantizedLayers()

@@ -63,7 +63,13 @@ def verified(model: Path, graph: Path, made: dict[str, Quantized]) -> float:
 
 @pytest.mark.parametrize(
     ("form", "unpacked", "axis", "kind"),
-    [("int4-32", "DequantizeLinear", 1, "INT4"), ("int8", "DequantizeLinear", 0, "INT8"), ("fp16", "Cast", None, "")],
+    [
+        ("int4-32", "DequantizeLinear", 1, "INT4"),
+        ("int8", "DequantizeLinear", 0, "INT8"),
+        ("fp8", "DequantizeLinear", 0, "FLOAT8E4M3FN"),
+        ("nvfp4", "DequantizeLinear", 1, "INT8"),
+        ("fp16", "Cast", None, ""),
+    ],
 )
 def test_operators_and_types(llama: Path, form: str, unpacked: str, axis: int | None, kind: str) -> None:
     before = Counter(n.op_type for n in decoder.build_graph(source.resolve(str(llama)), "float32", []).graph)
@@ -86,13 +92,15 @@ def test_operators_and_types(llama: Path, form: str, unpacked: str, axis: int | 
     assert not [n for n in model.graph.initializers if n.endswith("proj.weight_t")]
 
 
-@pytest.mark.parametrize("form", ["int4-32", "int4-128", "int8", "int8-dynamic", "bf16"])
+@pytest.mark.parametrize("form", ["int4-32", "int4-128", "int8", "int8-dynamic", "bf16", "fp8", "nvfp4"])
 def test_the_written_graph_computes_with_dequantized_weights(tied: Path, tmp_path: Path, form: str) -> None:
     model, made = built(tied, form)
     decoder.save(model, tmp_path)
     assert verified(tied, tmp_path, made) < 1e-4
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     stored = sum(FORMATS[form].bytes(*one.codes.shape) for one in made.values())
+    if form == "nvfp4":  # bytes where a device has nibbles, scales of two bytes
+        stored = sum(one.codes.size * 9 // 8 for one in made.values())
     assert stored < size < stored + 120_000  # norms, rotary tables and the graph itself
 
 

@@ -10,9 +10,9 @@ from hypothesis.extra import numpy as arrays
 
 from fstq_infer.errors import OptionError
 from fstq_infer.quant.codes import Quantized, compensated, quantize, round_to, search_scales
-from fstq_infer.quant.formats import FORMATS, named
+from fstq_infer.quant.formats import E2M1_TWICE, E4M3, FORMATS, named
 
-INTEGER = [form for form in FORMATS.values() if form.is_integer]
+SCALED = [form for form in FORMATS.values() if form.is_scaled]
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -33,6 +33,8 @@ def matrices() -> st.SearchStrategy[np.ndarray]:
         ("int4-32", 2, 64, 64 + 2 * 2 * 2),
         ("int4-32", 2, 65, 65 + 2 * 3 * 2),  # the last block holds one column
         ("int4-128", 3, 5, 8 + 3 * 2),  # 15 codes need eight bytes
+        ("fp8", 3, 10, 30 + 6),
+        ("nvfp4", 3, 40, 60 + 3 * 3),  # a scale of one byte for 16
     ],
 )
 def test_bytes_count_packed_codes_and_scales(name: str, rows: int, columns: int, size: int) -> None:
@@ -60,22 +62,23 @@ def test_what_a_format_can_hold_it_keeps(form, weight: np.ndarray) -> None:  # t
     """Dequantized weights quantize to themselves with the same scales, and codes stay within the levels."""
     once = quantize(weight, form)
     assert once.codes.shape == weight.shape and np.isfinite(once.dequantize()).all()
-    if not form.is_integer:
+    if not form.is_scaled:
         np.testing.assert_allclose(once.dequantize(), weight, rtol=2.0**-7, atol=1e-7)
         return
-    low, high = form.levels
-    assert once.codes.dtype == np.int8 and once.codes.min() >= low and once.codes.max() <= high
+    low, high = form.levels if form.is_integer else (-form.largest, form.largest)
+    assert once.codes.dtype == (np.float16 if form.name == "fp8" else np.int8)
+    assert once.codes.min() >= low and once.codes.max() <= high
     assert once.scales is not None and once.scales.shape == (len(weight), form.blocks(weight.shape[1]))
     assert (once.scales > 0).all()
     again = round_to(once.dequantize(), once.scales, form)
     np.testing.assert_array_equal(again, once.codes)
 
 
-@pytest.mark.parametrize("form", INTEGER, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", SCALED, ids=lambda form: form.name)
 def test_searched_scales_beat_the_largest_weight(form) -> None:  # type: ignore[no-untyped-def]
     weight = normal(8, 96)
     weight[:, 0] *= 5  # an outlier in each row
-    peak = np.abs(weight).max(1, keepdims=True) / form.levels[1]
+    peak = np.abs(weight).max(1, keepdims=True) / form.largest
     plain = Quantized(form, round_to(weight, np.repeat(peak, form.blocks(96), 1).astype(np.float16), form))
     scales = search_scales(weight, form)
     searched = Quantized(form, round_to(weight, scales, form), scales).dequantize()
@@ -126,3 +129,34 @@ def test_rows_are_independent() -> None:
 def test_bfloat16_rounds_to_nearest_even() -> None:
     weight = np.array([[1.0, 1.00390625, 1.01171875, -3.0e38]], np.float32)  # ties between neighbours 2^-7 apart
     assert quantize(weight, FORMATS["bf16"]).dequantize()[0, :3].tolist() == [1.0, 1.0, 1.015625]
+
+
+@given(numbers=arrays.arrays(np.float32, 50, elements=st.floats(-1000, 1000, width=32)))
+@settings(max_examples=200, deadline=None)
+def test_small_floats_are_those_of_ml_dtypes(numbers: np.ndarray) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="the 'ort' extra has it")
+    eight = np.clip(numbers, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(E4M3.nearest(numbers), eight)
+    four = (np.clip(numbers, -12, 12) / 2).astype(ml_dtypes.float4_e2m1fn).astype(np.float32) * 2
+    np.testing.assert_array_equal(E2M1_TWICE.nearest(numbers), four)
+
+
+@given(matrices(), st.sampled_from([1e-9, 1e-4, 1.0, 1e4]))
+@settings(max_examples=100, deadline=None)
+def test_scales_of_nvfp4_are_e4m3_times_one_power_of_two(weight: np.ndarray, size: float) -> None:
+    float4 = pytest.importorskip("fstq_engines.tensorrt.float4", reason="lowering needs onnx-ir")
+    found = quantize(weight * np.float32(size), FORMATS["nvfp4"])
+    assert found.scales is not None
+    parts, whole = float4.split(found.scales.astype(np.float32))
+    np.testing.assert_array_equal(parts.astype(np.float32) * whole, found.scales.astype(np.float32))
+    assert float(np.log2(whole)).is_integer() and parts.astype(np.float32).max() <= 448
+
+
+def test_what_small_floats_lose() -> None:
+    """Relative error of normal numbers: e4m3 as three bits of mantissa have it, e2m1 near int4 with shorter blocks."""
+    weight = normal(64, 128)
+
+    def error(name: str) -> float:
+        return float(np.linalg.norm(quantize(weight, FORMATS[name]).dequantize() - weight) / np.linalg.norm(weight))
+
+    assert 0.5 * 2**-5 < error("fp8") < 2**-5 < error("nvfp4") < 1.1 * error("int4-32")

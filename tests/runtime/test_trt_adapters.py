@@ -17,7 +17,7 @@ ir = pytest.importorskip("onnx_ir", reason="lowering needs onnx-ir, of the 'ort'
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 is compared with ml_dtypes', of the 'export' extra")
 
 from fstq_engines import parity  # noqa: E402
-from fstq_engines.tensorrt import lowering  # noqa: E402
+from fstq_engines.tensorrt import lowering, memory  # noqa: E402
 from fstq_engines.tensorrt.settings import Settings, profiles  # noqa: E402
 from hypothesis import given as over  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -199,6 +199,35 @@ def test_memory_of_adapters_is_bounded_and_given_back(bundle: Bundle, make: Make
     del engine
     gc.collect()
     assert not device.memory
+
+
+@pytest.mark.parametrize("row", ["decomposed", "cache update"])
+def test_the_estimate_of_a_build_covers_what_is_allocated(row: str, bundle: Bundle, make: Make) -> None:
+    model = ir.load(bundle.file("model.onnx"))
+    probes = [value.name for value in lowering.replaceable(model)]
+    lowering.lower(model, ROWS[row], [s.layer for s in STAGES], "float32", "float32", CONTEXT)
+    own = sum(array.nbytes for array in lowering.free(model, probes).values())
+    asked = Settings(CONTEXT, PROMPT, BATCH, "float32", rank=RANK)
+    expected = memory.estimate(model, bundle.manifest.model, asked)
+    engine, device, _ = make(row)
+
+    def allocated() -> int:
+        return sum(len(block) for block in device.memory.values())
+
+    before, held = allocated(), []
+    for seed in range(0, 2 * trt_adapters.REMEMBERED + 2, 2):
+        held.append((random(bundle, seed, RANK), random(bundle, seed + 1, RANK)))
+        engine.adapted(held[-1])
+    inputs = len(engine.ports.loras) + len(engine.ports.probes)
+    least, alignment = trt_adapters.REMEMBERED * expected.adapters, trt_adapters.ALIGNED * inputs
+    grown = allocated() - before
+    assert 0 < least <= grown <= least + trt_adapters.REMEMBERED * (own + alignment)
+    before = allocated()
+    step = engine.forward(
+        np.ones((2, 9), np.int64), np.tile(np.arange(9), (2, 1)), np.full((2, 2), 9), engine.empty_cache(2)
+    )
+    assert expected.caches <= allocated() - before <= expected.caches + expected.scratch
+    assert step.logits.shape == (2, 96)
 
 
 def test_what_does_not_fit_an_engine_is_refused(bundle: Bundle, make: Make, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from fstq_engines.tensorrt.settings import Settings, default_settings
 from fstq_infer.adapters import tensors
 from fstq_infer.atomic import atomic_directory, sha256_file
 from fstq_infer.bundle import Bundle, FileEntry
-from fstq_infer.errors import BundleError, EngineError, MissingExtraError, ParityError
+from fstq_infer.errors import BundleError, EngineError, MissingExtraError, OptionError, ParityError
 from fstq_infer.machine import available_memory, give_back_memory, peak_rss
 from fstq_infer.runtime.trt import PLAN
 from fstq_infer.runtime.trt_adapters import PROBES
@@ -84,6 +84,8 @@ def plan(bundle: Bundle, backend: str, options: Mapping[str, Any] | None = None,
     lora = bundle.manifest.lora
     if lora is not None and given.get("rank") is None:
         given["rank"] = lora.rank
+    if workspace is not None and workspace < 1:
+        raise OptionError(f"workspace is {workspace}; expected MiB above 0, such as 512")
     settings = default_settings(bundle.manifest.model.max_positions, **given)
     here = found or gpu.this_gpu()
     build_sm = None
@@ -124,6 +126,11 @@ def build(
     Raises EngineMismatchError when ``directory`` holds an engine for something else, ParityError, EngineError.
     """
     made = plan(bundle, backend, options)
+    if made.trt.product == RTX and made.target is not None and len(set(module.target(made.target))) > 1:
+        raise EngineError(
+            f"TensorRT-RTX does not build for {made.target} (SM {module.target(made.target)[0]}). Build there with "
+            f"--backend tensorrt, or check the bundle here with: fstq lint {bundle.path} --target {made.target}"
+        )
     wanted = made.identity
     if not (options or directory or force) and (last := _last_built(wanted)) is not None:
         return last
@@ -211,9 +218,8 @@ def compile_into(made: Plan, partial: Path, say: Any) -> dict[str, Any]:
         (partial / PROBES).write_bytes(tensors.encode(defaults))
     least = LEAST_BATCH.get(made.trt.product, 1)
     ranges = settings.profiles(asked, stages, capable, bundle.manifest.lora is not None, least)
-    asked = replace(asked, batch=max(asked.batch, least))
     traps.check_graph(model, capable, ranges)
-    expected = memory.require(model, info, asked, available_memory())
+    expected = memory.require(model, info, asked, available_memory(), least)
     folder = partial / LOWERED
     try:
         folder.mkdir()
@@ -226,7 +232,7 @@ def compile_into(made: Plan, partial: Path, say: Any) -> dict[str, Any]:
     gc.collect()
     give_back_memory()
     name = f"timing-{made.trt.version}-sm{made.gpu.sm}.cache"
-    timing = cache.engines_root().parent / "timing" / name if made.trt.product == "tensorrt" else None
+    timing = cache.engines_root().parent / "timing" / name if made.trt.product == PLAIN else None
     job = parse.Job(folder / MODEL, model, ranges, made.build_sm, made.workspace, timing)
     parse.compile_plan(made.trt, job, partial / PLAN, say)
     shutil.rmtree(folder)

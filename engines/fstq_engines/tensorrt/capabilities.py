@@ -2,7 +2,7 @@
 
 Seen in TensorRT-RTX 1.7.1 and read in the release notes of TensorRT 10.3 to 11: Attention, RotaryEmbedding and
 RMSNormalization nodes from 10.14 on, an in-place KV cache update (TensorScatter) from 10.15 on. An Orin (SM 87) has
-neither FP8 nor FP4.
+neither FP8 nor FP4; TensorRT takes constants of FP4 from 10.8 on.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ TABLE: dict[str, tuple[tuple[tuple[int, int], Capabilities], ...]] = {
     RTX: (((1, 7), _UPDATE),),
 }
 KNOWN_UP_TO = {PLAIN: (11, 99), RTX: (1, 99)}
+NVFP4_SINCE = {PLAIN: (10, 8), RTX: (1, 7)}
 # SM -> (FP8, NVFP4). Others have neither.
 FORMATS: dict[int, tuple[bool, bool]] = {
     89: (True, False),
@@ -64,11 +65,12 @@ FORMATS: dict[int, tuple[bool, bool]] = {
 
 def capabilities(product: str, version: str, sm: int) -> Capabilities:
     """The row of a product (``tensorrt``, ``tensorrt_rtx``), its version and a GPU architecture, such as 87."""
-    row = CONSERVATIVE
+    row, fp4 = CONSERVATIVE, False
     match = re.match(r"(\d+)\.(\d+)", version)
     if match is not None and product in TABLE:
         found = (int(match[1]), int(match[2]))
         if found <= KNOWN_UP_TO[product]:
             row = next((r for first, r in reversed(TABLE[product]) if found >= first), CONSERVATIVE)
+            fp4 = found >= NVFP4_SINCE[product]
     fp8, nvfp4 = FORMATS.get(sm, (False, False))
-    return replace(row, fp8=fp8, nvfp4=nvfp4)
+    return replace(row, fp8=fp8, nvfp4=nvfp4 and fp4)

@@ -68,7 +68,7 @@ def output_type(node: ir.Node, index: int) -> ir.DataType | None:
         return ir.DataType.BOOL
     if node.op_type in _INT64 or (node.op_type == "TopK" and index):
         return ir.DataType.INT64
-    if node.op_type in ("Cast", "ConstantOfShape") and "to" in node.attributes:
+    if node.op_type == "Cast":
         return ir.DataType(node.attributes["to"].as_int())
     if node.op_type in ("Constant", "ConstantOfShape"):
         value = node.attributes.get("value")

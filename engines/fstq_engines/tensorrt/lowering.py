@@ -12,6 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fstq_engines.tensorrt.attention import LowerAttention
 from fstq_engines.tensorrt.capabilities import Capabilities
+from fstq_engines.tensorrt.float4 import OPSET, Float4
 from fstq_engines.tensorrt.half import Half
 from fstq_engines.tensorrt.positions import CachedPositions
 from fstq_engines.tensorrt.selection import KnownColumns, RankSort
@@ -31,12 +32,14 @@ def lower(
 
     Raises EngineError for a graph that is not built as expected.
     """
+    float4 = Float4()
     passes: list[Any] = [
         FoldSums(),
         KnownColumns(),
         RankSort(),
         Half(DTYPES[source], DTYPES[dtype]),
         Weights(),
+        float4,
         CachedPositions(capable, borders),
         LowerAttention(capable, borders, room),
     ]
@@ -58,7 +61,7 @@ def lower(
     for value in [*made.graph.inputs, *made.graph.outputs]:
         if value.shape is not None:
             value.shape = ir.Shape([_length(d) for d in value.shape.dims])
-    made.opset_imports[""] = capable.opset
+    made.opset_imports[""] = max(capable.opset, OPSET) if float4.changed else capable.opset
     return made
 
 

@@ -54,10 +54,8 @@ def _monitor(module: Any, say: Say, stop: threading.Event) -> Any:
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self.steps[phase] = steps
             if parent is None:
                 say(f"TensorRT: {phase}")
 
@@ -65,7 +63,7 @@ def _monitor(module: Any, say: Say, stop: threading.Event) -> Any:
             return not stop.is_set()
 
         def phase_finish(self, phase: str) -> None:
-            self.steps.pop(phase, None)
+            """Nothing is told: the next phase's start says it."""
 
     return Monitor()
 
@@ -85,7 +83,7 @@ class Job:
     timing_cache: Path | None = None
 
 
-def compile_plan(trt: TensorRT, job: Job, out: Path, say: Say) -> Messages:
+def compile_plan(trt: TensorRT, job: Job, out: Path, say: Say) -> None:
     """Parse the graph, build it and write the plan to ``out``. Raises EngineError with TensorRT's own reason.
 
     Ctrl-C ends the build at its next step and is then raised.
@@ -111,7 +109,6 @@ def compile_plan(trt: TensorRT, job: Job, out: Path, say: Say) -> Messages:
         raise
     if failed:
         raise failed[0]
-    return messages
 
 
 def _compile(trt: TensorRT, job: Job, out: Path, say: Say, stop: threading.Event, messages: Messages) -> None:
@@ -188,24 +185,40 @@ def _timing(module: Any, job: Job, config: Any) -> Any:
 
 
 def _serialize(module: Any, builder: Any, network: Any, config: Any, out: Path) -> None:
-    """Write the plan piece by piece where that is possible: an engine is as large as its weights."""
+    """Write the plan piece by piece where that is possible: an engine is as large as its weights.
+
+    Raises EngineError where it cannot be written.
+    """
     writer = getattr(module, "IStreamWriter", None)
+    failed: list[OSError] = []
     if writer is None or not hasattr(builder, "build_serialized_network_to_stream"):
         plan = builder.build_serialized_network(network, config)
         if plan is not None:
-            out.write_bytes(plan)
-        return
-    with out.open("wb") as file:
+            try:
+                out.write_bytes(plan)
+            except OSError as error:
+                failed.append(error)
+    else:
+        with out.open("wb", buffering=0) as file:
 
-        class Writer(writer):  # type: ignore[misc, valid-type]
-            def __init__(self) -> None:
-                super().__init__()
+            class Writer(writer):  # type: ignore[misc, valid-type]
+                def __init__(self) -> None:
+                    super().__init__()
 
-            def write(self, data: Any) -> int:
-                return file.write(data)
+                def write(self, data: Any) -> int:
+                    left = memoryview(data).cast("B")
+                    size = len(left)
+                    try:
+                        while left:
+                            left = left[file.write(left) :]
+                    except OSError as error:  # must not pass through TensorRT's own frames
+                        failed.append(error)
+                    return size - len(left)
 
-        if not builder.build_serialized_network_to_stream(network, config, Writer()):
-            file.truncate(0)
+            if not builder.build_serialized_network_to_stream(network, config, Writer()) and not failed:
+                file.truncate(0)
+    if failed:
+        raise EngineError(f"{out} cannot be written: {failed[0]}. Free some space, and build again.") from failed[0]
 
 
 def _last(messages: Messages) -> str:

@@ -115,13 +115,13 @@ TRAPS = (
         "float8",
         lambda n, c: n.op_type == "DequantizeLinear" and "FLOAT8" in str(_kind(n)) and not c.fp8,
         "is not in this GPU's architecture",
-        "use int8 or int4",
+        "export with --precision int8 or int4",
     ),
     Trap(
         "float4",
         lambda n, c: n.op_type == "DequantizeLinear" and "FLOAT4" in str(_kind(n)) and not c.nvfp4,
-        "is not in this GPU's architecture",
-        "use int4",
+        "is not in this GPU's architecture, or not known to this version (10.8 is the first)",
+        "export with --precision int4",
     ),
 )
 

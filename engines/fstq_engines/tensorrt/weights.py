@@ -37,9 +37,8 @@ class Weights(InPlacePass):
 
     def _divide(self, graph: ir.Graph, node: ir.Node, codes: ir.TensorProtocol, block: int) -> None:
         """Blocks that divide the row, each with the scale of the one it was part of: the same numbers."""
-        value = node.inputs[1]
+        value, stored = node.inputs[1], stored_scales(node)
         producer = value.producer() if value is not None else None
-        stored = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
         tensor = stored.const_value if stored is not None else None
         if value is None or stored is None or tensor is None or node.attributes["axis"].as_int() != 1:
             raise PreconditionError(
@@ -66,3 +65,10 @@ class Weights(InPlacePass):
         ir.convenience.replace_all_uses_with(node.outputs[0], plain)
         graph.remove(node, safe=True)
         self.widened += 1
+
+
+def stored_scales(node: ir.Node) -> ir.Value | None:
+    """What a DequantizeLinear's scales are before a Cast."""
+    value = node.inputs[1]
+    producer = value.producer() if value is not None else None
+    return producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value

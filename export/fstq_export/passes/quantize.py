@@ -1,8 +1,9 @@
 """Pass: weights in their formats. Codes and scales are stored, standard operators make numbers of them again.
 
-An integer format becomes ``DequantizeLinear`` over (outputs, inputs) codes: blocks of a row along axis 1, or a scale
-for each row along axis 0. A MatMul reads it transposed, a Gather or a Gemm with transB as it is: one layout for all,
-which weight-only kernels want too. Half precision formats become a ``Cast``.
+A format with scales becomes ``DequantizeLinear`` over (outputs, inputs) codes: blocks of a row along axis 1, or a scale
+for each row along axis 0. ONNX Runtime has no FP4: numbers of nvfp4 are stored as int8, twice their value. A MatMul
+reads it transposed, a Gather or a Gemm with transB as it is: one layout for all, which weight-only kernels want too.
+Half precision formats become a ``Cast``.
 
 ONNX Runtime fuses (K, N) blocks along axis 0, and rows that a Transpose has turned, with their MatMul to MatMulNBits,
 and at its default accuracy level 4 rounds the activations to int8 on the way: differences of 0.04 to 0.1 on logits of
@@ -110,9 +111,11 @@ class QuantizeWeights(InPlacePass):
             codes = found.codes.view(kind) if form.name == "bf16" else found.codes.astype(kind)
             out = typed(emit.weight(f"{name}.{form.name}", np.ascontiguousarray(codes)), kind)
         else:
-            kind = np.dtype(ml_dtypes.int4 if form.bits == 4 else np.int8)
+            kind = np.dtype(ml_dtypes.int4 if form.is_integer and form.bits == 4 else np.int8)
             # Four-bit numbers lie in bytes here too: a view, since a copy of all codes is as large as the codes.
-            codes = emit.weight(f"{name}.codes", np.ascontiguousarray(found.codes).view(kind))
+            numbers = np.ascontiguousarray(found.codes)
+            numbers = numbers.view(kind) if numbers.dtype == np.int8 else numbers.astype(ml_dtypes.float8_e4m3fn)
+            codes = emit.weight(f"{name}.codes", numbers)
             stored = found.scales if form.block else found.scales[:, 0]
             scales = typed(emit.weight(f"{name}.scales", np.ascontiguousarray(stored)), np.dtype(np.float16))
             layout = {"axis": 1, "block_size": form.block} if form.block else {"axis": 0}

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+from fstq_engines.graph import initializer
 from fstq_engines.tensorrt.capabilities import CONSERVATIVE, PLAIN, TABLE, Capabilities
 from fstq_engines.tensorrt.lowering import lower
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 Array = NDArray[Any]
 KINDS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -37,6 +39,49 @@ def session(model: ir.Model, folder: Path) -> Any:
 def lowered(graph: Path, row: str, borders: list[int], dtype: str = "float32", room: int = 300) -> ir.Model:
     """The graph in ``graph`` as that row of the table takes it."""
     return lower(ir.load(graph), ROWS[row], borders, "float32", dtype, room)
+
+
+def widened(model: ir.Model) -> ir.Model:
+    """A model in bfloat16, for which ONNX Runtime's CPU provider has few kernels, in float32: weights stay rounded."""
+    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    graph = model.graph
+    for value in graph.initializers.values():
+        if value.dtype == narrow:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+    for node in graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == int(narrow):
+            node.attributes["to"] = ir.AttrInt64("to", int(wide))
+    made = [value for node in graph for value in node.outputs]
+    for value in [*graph.inputs, *graph.initializers.values(), *made]:
+        if value.dtype == narrow:
+            value.type = ir.TensorType(wide)
+    return model
+
+
+def unpacked(model: ir.Model) -> ir.Model:
+    """The model with numbers in the place of FP4, which ONNX Runtime lacks: as ml_dtypes and NumPy make them."""
+    graph = model.graph
+    for node in [n for n in graph if n.op_type == "DequantizeLinear" and n.inputs[0].dtype == ir.DataType.FLOAT4E2M1]:
+        codes, scales = (
+            np.asarray(v, np.float32) for v in (node.inputs[0].const_value.numpy(), _scales(node.inputs[1]))
+        )
+        kind = node.outputs[0].dtype
+        numbers = (codes * np.repeat(scales, 16, 1)).astype(kind.numpy())
+        plain = initializer(graph, f"{node.inputs[0].name}.numbers", numbers)
+        ir.convenience.replace_all_uses_with(node.outputs[0], plain)
+        graph.remove(node, safe=True)
+    RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _scales(value: ir.Value) -> Array:
+    """Of a DequantizeLinear of scales, with or without a Cast behind it."""
+    inner = value.producer()
+    if inner.op_type == "Cast":
+        inner = inner.inputs[0].producer()
+    parts, whole = (v.const_value.numpy() for v in inner.inputs)
+    assert (parts.dtype.name, whole.dtype.name, whole.shape) == ("float8_e4m3fn", "float32", ())
+    return parts.astype(np.float32) * whole
 
 
 @dataclass

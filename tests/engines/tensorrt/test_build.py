@@ -23,7 +23,7 @@ from fstq_infer.adapters import tensors  # noqa: E402
 from fstq_infer.bundle import Bundle  # noqa: E402
 from fstq_infer.errors import EngineError, EngineMismatchError, OptionError  # noqa: E402
 from fstq_infer.runtime.load import build_engine  # noqa: E402
-from fstq_infer.runtime.trt_adapters import PROBES  # noqa: E402
+from fstq_infer.runtime.trt_adapters import PROBES, REMEMBERED  # noqa: E402
 from tests.conftest import write_bundle  # noqa: E402
 from tests.engines.tensorrt.lowered import ROWS, lowered, session  # noqa: E402
 
@@ -192,7 +192,7 @@ def test_too_little_memory_names_the_smallest_setting_that_fits(tiny_bundle: Bun
     asked = settings.Settings(8192, 8192, 4)
     free = memory.BASE + (400 << 20)
     with pytest.raises(
-        EngineError, match=r"building needs about .* but 1,100 MiB are free\. This would fit: "
+        EngineError, match=r"building and running needs about .* but 1,100 MiB are free\. This would fit: "
     ) as caught:
         memory.require(model, info, asked, free)
     words = str(caught.value).split("This would fit: ")[1].split(";")[0].split()
@@ -201,6 +201,28 @@ def test_too_little_memory_names_the_smallest_setting_that_fits(tiny_bundle: Bun
     with pytest.raises(EngineError, match="export with fewer bits"):
         memory.require(model, info, asked, memory.BASE)
     assert memory.require(model, info, asked, None).build > free  # nothing known: tried
+
+
+def test_adapters_that_stay_on_the_device_are_counted(dense: Bundle) -> None:
+    model = lowering.lower(with_adapter(dense.file("model.onnx")), CONSERVATIVE, [], "float32", "float16", 64)
+    info, asked = dense.manifest.model, settings.Settings(64, 32, 1, rank=1 << 20)
+    found = memory.estimate(model, info, asked)
+    assert found.adapters == (32 + 32) * 2 << 20 and found.most == found.run > found.build
+    assert found.run - memory.estimate(model, info, replace(asked, rank=1)).run == REMEMBERED * (
+        (64 * 2 << 20) - 64 * 2
+    )
+    with pytest.raises(EngineError, match=r"512 MiB for 4 combinations of adapters.*--rank 262144"):
+        memory.require(model, info, asked, found.build)
+    assert memory.require(model, info, asked, found.run) == found
+
+
+def test_what_would_fit_counts_the_rows_that_profiles_need(tiny_bundle: Bundle) -> None:
+    model = lowered(tiny_bundle.file("model.onnx"), "decomposed", [1, 3], "float16")
+    info = replace(tiny_bundle.manifest.model, hidden_size=4096)
+    one, two = (memory.require(model, info, settings.Settings(2048, 2048), None, least) for least in (1, 2))
+    assert two.caches == 2 * one.caches and two.scratch == 2 * one.scratch
+    with pytest.raises(EngineError, match=r"2 x 2048 cached tokens.*--context \d+ --prompt \d+ --batch 2;"):
+        memory.require(model, info, settings.Settings(2048, 2048), (one.build + two.build) // 2, 2)
 
 
 def test_a_weight_that_half_precision_cannot_hold_is_named(dense: Bundle) -> None:
@@ -309,6 +331,23 @@ def test_a_build_that_leaves_no_file_is_an_error(
     with pytest.raises(EngineError, match="left no engine"):
         build.build(dense, backend="tensorrt-rtx", options=SMALL | {"target": "sm86"})
     assert list(engine_cache.iterdir()) == []
+
+
+def test_a_full_disk_is_told(dense: Bundle, rtx: Any, tmp_path: Path) -> None:
+    made = build.plan(dense, "tensorrt-rtx", SMALL | {"target": "sm86"})
+    (tmp_path / "model.plan").symlink_to("/dev/full")
+    with pytest.raises(EngineError, match=r"model\.plan cannot be written: .*No space left.*Free some space"):
+        build.compile_into(made, tmp_path, lambda _: None)
+
+
+def test_scratch_memory_is_a_number_above_zero(dense: Bundle, rtx: Any) -> None:
+    with pytest.raises(OptionError, match="workspace is -5; expected MiB above 0"):
+        build.plan(dense, "tensorrt-rtx", {"workspace": -5, "target": "sm86"})
+
+
+def test_an_engine_that_no_device_could_load_is_not_built(dense: Bundle, rtx: Any, engine_cache: Path) -> None:
+    with pytest.raises(EngineError, match=r"does not build for orin-nano \(SM 87\).*fstq lint .* --target orin-nano"):
+        build_engine(dense, "tensorrt-rtx", options=SMALL | {"target": "orin-nano"})
 
 
 def test_a_timing_cache_of_another_gpu_is_measured_anew(tmp_path: Path) -> None:

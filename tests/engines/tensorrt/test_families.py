@@ -21,7 +21,7 @@ from fstq_infer.bundle import Bundle
 from fstq_infer.errors import EngineError
 from fstq_infer.runtime.engine import Stage
 from tests.conftest import write_bundle
-from tests.engines.tensorrt.lowered import ROWS, difference, lowered, session
+from tests.engines.tensorrt.lowered import ROWS, difference, lowered, session, unpacked, widened
 from tests.export import families
 from tests.export.test_quantize import codes
 
@@ -48,7 +48,8 @@ def compared(folder: Path, stages: Sequence[Stage], tmp_path: Path, dtype: str =
     pruned = np.array([KEEP[tuple(stages)]] * 2).reshape(2, len(stages))
     found = {}
     for row in ROWS:
-        other = session(lowered(folder / "model.onnx", row, [s.layer for s in stages], dtype), tmp_path)
+        made = unpacked(lowered(folder / "model.onnx", row, [s.layer for s in stages], dtype))
+        other = session(widened(made), tmp_path)
         keeps = [dense] if dtype != "float32" or not stages else [dense, pruned]
         found[row] = max(difference(plain, other, rows, keep) for keep in keeps)
     return found
@@ -65,15 +66,16 @@ def test_every_family_is_lowered_exactly(family: str, stages: tuple[Stage, ...],
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 5e-2), ("bfloat16", 3e-1)])
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_every_family_in_half_precision(family: str, tmp_path: Path) -> None:
+def test_every_family_in_half_precision(family: str, dtype: str, most: float, tmp_path: Path) -> None:
     folder = graph(families.make(family, tmp_path / "hf"), tmp_path / "graph", ())
     (tmp_path / "sessions").mkdir()
-    found = compared(folder, (), tmp_path / "sessions", "float16")
-    assert 0 < max(found.values()) < 5e-2
+    found = compared(folder, (), tmp_path / "sessions", dtype)
+    assert 0 < max(found.values()) < most
 
 
-@pytest.mark.parametrize("form", ["int8", "int8-dynamic", "int4-32", "int4-64", "fp16"])
+@pytest.mark.parametrize("form", ["int8", "int8-dynamic", "int4-32", "int4-64", "fp16", "fp8", "nvfp4"])
 def test_weights_in_their_formats_are_lowered_exactly(form: str, tmp_path: Path) -> None:
     folder = graph(families.make("qwen2", tmp_path / "hf"), tmp_path / "graph", ONE, form)
     (tmp_path / "sessions").mkdir()
@@ -153,16 +155,35 @@ def linted(made: Bundle, target: str = "orin-nano", **options: Any) -> lint.Repo
         pytest.param((), None, "orin-nano", marks=pytest.mark.slow),
         pytest.param(TWO, "int4-64", "sm86", marks=pytest.mark.slow),
         pytest.param(ONE, "int4-64", "thor", marks=pytest.mark.slow),
+        pytest.param((), "fp8", "sm120", marks=pytest.mark.slow),
+        pytest.param(ONE, "nvfp4", "thor", marks=pytest.mark.slow),
     ],
 )
 def test_the_demo_model_builds(stages: tuple[Stage, ...], form: str | None, target: str, tmp_path: Path) -> None:
     report = linted(bundle(DEMO, tmp_path, stages, form), target)
     assert report.plan_bytes > 1 << 16 and report.target == target
-    assert report.row == ("nodes and cache update" if target == "sm86" else CONSERVATIVE.name)
+    assert report.row == ("nodes and cache update" if target.startswith("sm") else CONSERVATIVE.name)
+
+
+@pytest.mark.parametrize(
+    ("form", "target"),
+    [
+        ("int4-32", "orin-nano"),
+        pytest.param("int8", "sm86", marks=pytest.mark.slow),
+        pytest.param("fp8", "thor", marks=pytest.mark.slow),
+        pytest.param("nvfp4", "sm120", marks=pytest.mark.slow),
+        pytest.param(None, "orin-nano", marks=pytest.mark.slow),
+    ],
+)
+def test_bfloat16_builds(form: str | None, target: str, tmp_path: Path) -> None:
+    made = bundle(families.make("qwen2", tmp_path / "hf"), tmp_path, ONE, form)
+    report = linted(made, target, context=64, dtype="bfloat16")
+    assert report.details["settings"]["dtype"] == "bfloat16" and report.plan_bytes > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [(), ONE], ids=["dense", "pruned"])
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_every_family_builds(family: str, stages: tuple[Stage, ...], tmp_path: Path) -> None:
-    assert linted(bundle(families.make(family, tmp_path / "hf"), tmp_path, stages, None)).plan_bytes > 0
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_family_builds(family: str, stages: tuple[Stage, ...], dtype: str, tmp_path: Path) -> None:
+    assert linted(bundle(families.make(family, tmp_path / "hf"), tmp_path, stages, None), dtype=dtype).plan_bytes > 0

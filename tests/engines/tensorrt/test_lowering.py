@@ -12,10 +12,10 @@ pytest.importorskip("onnxruntime", reason="the ONNX Runtime backend needs the 'o
 ir = pytest.importorskip("onnx_ir", reason="lowering needs onnx-ir")
 
 from fstq_infer.bundle import Bundle  # noqa: E402
-from tests.engines.tensorrt.lowered import ROWS, difference, lowered, session  # noqa: E402
+from tests.engines.tensorrt.lowered import ROWS, difference, lowered, session, widened  # noqa: E402
 
 VOCABULARY = 96
-TOLERANCE = {"float32": 2e-5, "float16": 3e-2}
+TOLERANCE = {"float32": 2e-5, "float16": 3e-2, "bfloat16": 1e-1}
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[Any]:
@@ -49,6 +49,15 @@ def test_lowered_graphs_compute_the_same(
 ) -> None:
     other = session(lowered(graph(tiny_bundle), row, [1, 3]), tmp_path)
     assert difference(plain, other, prompts(*lengths), np.array(keep)) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_bfloat16_stays_near(row: str, tiny_bundle: Bundle, plain: Any, tmp_path: Path) -> None:
+    made = lowered(graph(tiny_bundle), row, [1, 3], "bfloat16")
+    kinds = {value.dtype for node in made.graph for value in node.inputs if value is not None}
+    assert ir.DataType.BFLOAT16 in kinds and ir.DataType.FLOAT16 not in kinds
+    found = difference(plain, session(widened(made), tmp_path), prompts(60), np.array([[60, 60]]))
+    assert 1e-4 < found < TOLERANCE["bfloat16"]
 
 
 @pytest.mark.parametrize("row", ROWS)
