@@ -134,7 +134,8 @@ def plan_text(shape: Shape, layers: str, table: str) -> str:
 def sizes(path: Path) -> tuple[int, int]:
     """(bytes of the weights, of those that each token reads): not of tables that only rows are taken from.
 
-    GGUF files and checkpoints hold embedding and head once, and all of it is read.
+    GGUF files and checkpoints hold embedding and head once, and all of it is read. Of a bundle, what its engine holds a
+    second time to read prompts is counted with the weights.
     """
     if path.is_file():
         return (path.stat().st_size,) * 2
@@ -145,4 +146,10 @@ def sizes(path: Path) -> tuple[int, int]:
     held = (path / "model.onnx.data").stat().st_size
     values = ir.load(path / "model.onnx").graph.initializers.values()
     tables = [value for value in values if value.uses() and all(use.node.op_type in ROWS for use in value.uses())]
-    return held, held - sum(value.const_value.nbytes for value in tables if value.const_value is not None)
+    engine, copies = path.with_suffix(".engine") / "model.onnx", 0
+    if engine.exists():
+        for value in ir.load(engine).graph.initializers.values():
+            places = {str(use.node.graph.name) for use in value.uses() if use.node.graph is not None}
+            if value.const_value is not None and places and all(name.endswith("/then_branch") for name in places):
+                copies += value.const_value.nbytes
+    return held + copies, held - sum(value.const_value.nbytes for value in tables if value.const_value is not None)

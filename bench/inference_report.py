@@ -12,7 +12,7 @@ from fstq_export.plots import BEST, INK, MUTED, PROBE
 from markupsafe import escape
 
 DOCS = RESULTS.parents[1] / "docs"
-MIXED = ("w8", "w8h4", "w4")  # our plans, see PLANS in artefacts.py
+MIXED = ("w8", "w8h4", "w4", "w4+8")  # our plans, see PLANS in artefacts.py
 BEGIN, END = "<!-- written by bench/inference.py: begin -->", "<!-- end -->"
 MIB = 1 << 20
 LABEL, WIDTH, BAR, GAP, EDGE = 190, 460, 13, 6, 14  # pixels of the picture
