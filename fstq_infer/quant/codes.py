@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from fstq_infer.quant.formats import Format
 
 Matrix = NDArray[np.float32]
-Codes = NDArray[np.int8] | NDArray[np.float16]
+Codes = NDArray[Any]  # int8, or half precision
 RATIOS = np.linspace(1.15, 0.55, 19, dtype=np.float32)  # of the scale that just reaches the largest weight of a block
 WEIGHTS_AT_ONCE = 1 << 22  # that are rounded, or become numbers again, at a time
 LAZY = 64  # columns between two updates of all later ones

@@ -30,7 +30,7 @@ class Minifloat:
         size = np.minimum(np.abs(numbers), np.float32(self.largest))
         exponent = np.maximum(np.frexp(size)[1] - 1, self.lowest)
         step = np.ldexp(np.float32(1), exponent - self.mantissa)
-        return np.copysign(np.rint(size / step) * step, numbers)
+        return np.asarray(np.copysign(np.rint(size / step) * step, numbers), np.float32)
 
 
 E4M3 = Minifloat(3, -6, 448.0)
