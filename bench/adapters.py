@@ -8,8 +8,8 @@ of a batch. Rounds alternate between all settings; the least time of each counts
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -89,7 +89,9 @@ def nodes(bundle: Path) -> list[tuple[str, str, tuple[str, ...]]]:
 
 
 def main() -> None:
-    model = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    model = parser.parse_args().model
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         names = ["one", "two"]

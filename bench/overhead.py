@@ -5,9 +5,10 @@ python bench/overhead.py BUNDLE      half a minute; writes results/overhead.json
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from common import target, write
@@ -41,7 +42,9 @@ class Timed:
 
 
 def main() -> None:
-    generator = Generator.load(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    generator = Generator.load(parser.parse_args().bundle)
     engine: Any = generator.engine
     timed = Timed(engine._caches.graph.session)
     engine._caches.graph.session = engine._session = timed

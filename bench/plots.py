@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quality", type=Path, default=RESULTS / "quality.json")
     parser.add_argument("--out", type=Path, default=IMAGES)
     given = parser.parse_args(arguments)
+    report = given.bundle / "report.json"
+    if not report.exists():
+        parser.error(f"there is no {report}; name a bundle, such as demo-out/model.bundle after 'make demo'")
     given.out.mkdir(parents=True, exist_ok=True)
     if given.quality.exists():
         rows = [
@@ -43,9 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _write(given.out / "quality.svg", on_white(quality_panels(rows)))
     else:
         print(f"skipped quality.svg: there is no {given.quality}")
-    report = given.bundle / "report.json"
-    if not report.exists():
-        parser.error(f"there is no {report}; name a bundle, such as demo-out/model.bundle after 'make demo'")
     calibration = json.loads(report.read_text(encoding="utf-8"))["calibration"]
     if calibration and calibration["example"]:
         _write(given.out / "prompt.svg", prompt_picture(calibration["example"]))

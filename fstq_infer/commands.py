@@ -41,6 +41,8 @@ def build(
 ) -> None:
     """``fstq build``."""
     bundle = Bundle.open(path)
+    if profile is not None:
+        load("fstq_engines.profile:check", "fstq build --profile", "ort")(profile, profile_tokens)
     with notes.status("building and checking the engine") as status:
         engine = build_engine(
             bundle, backend=backend, force=force, threads=threads, options=options, progress=status.update

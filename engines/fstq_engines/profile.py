@@ -33,12 +33,17 @@ OTHERS = 256 << 20  # bytes that are read between two runs
 LARGEST = 1 << 29  # weights of a matrix that is measured; a model of one must stay below 2 GiB
 
 
-def write(bundle: Bundle, path: Path, tokens: int, threads: int | None = None) -> Profile:
-    """Measure a bundle's shapes, and write the profile; OptionError for a place that cannot be written."""
+def check(path: Path, tokens: int) -> None:
+    """Raise OptionError for what :func:`write` could not do, before anything takes minutes."""
     if tokens < 1:
         raise OptionError(f"profile-tokens is {tokens}; expected a number of tokens above 0")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise OptionError(f"the profile {path} cannot be written: it is a folder, or its folder does not exist")
+
+
+def write(bundle: Bundle, path: Path, tokens: int, threads: int | None = None) -> Profile:
+    """Measure a bundle's shapes, and write the profile; OptionError for a place that cannot be written."""
+    check(path, tokens)
     found = measure(shapes(bundle), sorted({1, tokens}), threads, SECONDS)
     try:
         replace_file(path, found.to_toml().encode())

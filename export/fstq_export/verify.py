@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fstq_export import segments
 from fstq_export.masks import check_masks
+from fstq_export.rounding import Allowance, difference
 from fstq_export.source import layer_windows
 from fstq_infer.errors import VerificationError
 from fstq_infer.fisher.hooks import Decoder, watch
@@ -38,7 +39,8 @@ Int64 = NDArray[np.int64]
 class Verification:
     """Largest differences, in units of the compared tensor's standard deviation.
 
-    by_layer: of each layer's output, dense. kept_equal: whether both kept the same tokens in every row and stage.
+    tolerance: the largest that had to be allowed. by_layer: of each layer's output, dense. kept_equal: whether both
+    kept the same tokens in every row and stage.
     """
 
     tolerance: float
@@ -120,14 +122,6 @@ class Text:
         return np.asarray(output.logits.float().numpy(), np.float32)
 
 
-def difference(found: NDArray[Any], wanted: NDArray[Any]) -> float:
-    """Largest absolute difference, over the standard deviation of ``wanted``; inf if not finite."""
-    if found.shape != wanted.shape:
-        raise VerificationError(f"the graph gives shape {found.shape}, the reference {wanted.shape}")
-    gap = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
-    return float(gap.max() / max(1e-6, float(wanted.std()))) if np.isfinite(gap).all() else float("inf")
-
-
 def check_dense(
     folder: Path,
     graph: str,
@@ -137,38 +131,43 @@ def check_dense(
     tolerance: float,
     name: str,
     replaced: Mapping[str, NDArray[Any]] | None = None,
-) -> tuple[float, tuple[float, ...]]:
-    """Compare at ``keep = S``; returns (logits difference, by layer).
+) -> tuple[float, tuple[float, ...], float]:
+    """Compare at ``keep = S``; returns (logits difference, by layer, what had to be allowed).
 
     Raises VerificationError naming the first wrong layer.
     """
-    layers = len(decoder.layers)
-    with torch.no_grad(), watch(decoder, hidden=tuple(range(layers))) as seen:
-        wanted = text.forward(decoder)
-    valid = text.positions >= 0
-    hidden = {i: state.float().numpy() for i, state in seen.hidden.items()}
+    layers, valid = len(decoder.layers), text.positions >= 0
+
+    def outputs() -> dict[str, NDArray[Any]]:
+        with torch.no_grad(), watch(decoder, hidden=tuple(range(1, layers))) as seen:
+            logits = text.forward(decoder)
+        return {"logits": logits} | {f"layer {i - 1}": s.float().numpy()[valid] for i, s in seen.hidden.items()}
+
+    allowance = Allowance(decoder, tolerance, outputs)
     keep = np.full((len(text.ids), stages), text.prompt) if stages else None
     by_layer: dict[int, float] = {}
     logits = float("inf")
     for segment, results in segments.run(folder, graph, text.calls(keep), replaced):
         if segment.label == segments.TAIL:
-            logits = difference(np.concatenate([r["logits"] for r in results], 1), wanted)
+            logits = difference(np.concatenate([r["logits"] for r in results], 1), allowance.wanted["logits"])
         elif segment.residual is not None and (layer := int(segment.label.split()[1])) + 1 < layers:
             states = np.concatenate([r[segment.residual] for r in results], 1)
-            by_layer[layer] = difference(states[valid], hidden[layer + 1][valid])
+            by_layer[layer] = difference(states[valid], allowance.wanted[segment.label])
+            tolerance = max(tolerance, allowance.of(segment.label, by_layer[layer]))
             if by_layer[layer] > tolerance:
                 raise VerificationError(
                     f"{name}: the exported graph differs from Transformers from decoder layer {layer} on: "
-                    f"{by_layer[layer]:.2g} after it, at most {tolerance:.2g} is allowed. This model is not supported "
-                    "as it is; nothing was written"
+                    f"{by_layer[layer]:.2g} after it, at most {tolerance:.2g} is allowed"
+                    f"{allowance.advice(segment.label)}. This model is not supported as it is; nothing was written"
                 )
+    tolerance = max(tolerance, allowance.of("logits", logits))
     if logits > tolerance:
         raise VerificationError(
             f"{name}: the exported graph's logits differ from Transformers by {logits:.2g} (at most {tolerance:.2g} "
-            "is allowed) although all layers before the last agree: the last layer, final norm or head differ. "
-            "Nothing was written"
+            f"is allowed{allowance.advice('logits')}) although all layers before the last agree: the last layer, final "
+            "norm or head differ. Nothing was written"
         )
-    return logits, tuple(by_layer.get(layer, logits) for layer in range(layers))
+    return logits, tuple(by_layer.get(layer, logits) for layer in range(layers)), tolerance
 
 
 class _Checked:
@@ -232,8 +231,10 @@ def check_pruned(
     tolerance: float,
     name: str,
     replaced: Mapping[str, NDArray[Any]] | None = None,
-) -> tuple[float, bool]:
-    """Compare a pruned run, one keep ratio per row, the last row adaptive: (logits difference, same tokens kept).
+) -> tuple[float, bool, float]:
+    """Compare a pruned run, one keep ratio per row, the last row adaptive.
+
+    Returns (logits difference, same tokens kept, what had to be allowed).
 
     Raises VerificationError.
     """
@@ -251,14 +252,16 @@ def check_pruned(
             found = np.concatenate([np.asarray(r["logits"], np.float32) for r in results], 1)
     checked = _Checked(stages, probes, keep, kept, text, tolerance, name)
     with pruning(decoder, text.batch, [s.layer for s in stages], checked, probes):
-        gap = difference(found, text.forward(decoder))
+        allowance = Allowance(decoder, tolerance, lambda: {"logits": text.forward(decoder)})
+        gap = difference(found, allowance.wanted["logits"])
+        tolerance = allowance.of("logits", gap)
     if gap > tolerance:
         raise VerificationError(
             f"{name}: with token pruning the exported graph's logits differ from the torch reference by {gap:.2g} (at "
-            f"most {tolerance:.2g}), though the dense graph agrees: the difference starts at a prune layer "
-            f"({', '.join(str(s.layer) for s in stages)}). Nothing was written"
+            f"most {tolerance:.2g}{allowance.advice('logits')}), though the dense graph agrees: the difference starts "
+            f"at a prune layer ({', '.join(str(s.layer) for s in stages)}). Nothing was written"
         )
-    return gap, all(checked.same)
+    return gap, all(checked.same), tolerance
 
 
 def verify(
@@ -293,11 +296,11 @@ def verify(
     tolerance = TOLERANCE[dtype]
     try:
         check_masks(decoder, name)
-        dense, by_layer = check_dense(folder, graph, decoder, text, len(stages), tolerance, name, replaced)
+        dense, by_layer, tolerance = check_dense(folder, graph, decoder, text, len(stages), tolerance, name, replaced)
         pruned, kept_equal = None, None
         if stages:
             keeps = [(0.5, 0.4, 0.7, 0.25)[i % 4] for i in range(len(chosen))]
-            pruned, kept_equal = check_pruned(
+            pruned, kept_equal, tolerance = check_pruned(
                 folder, graph, decoder, text, stages, probes, keeps, tolerance, name, replaced
             )
     except segments.SegmentError as error:

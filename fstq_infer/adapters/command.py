@@ -34,9 +34,11 @@ def show(path: Path, *, json: bool) -> None:
     if bundle.manifest.lora is None:
         out.print("this bundle takes no adapters; export the model again with --adapter or --adapter-targets")
         return
-    table = Table(
-        title=f"{len(bundle.manifest.lora.linears)} layers take adapters up to rank {bundle.manifest.lora.rank}"
-    )
+    room = f"{len(bundle.manifest.lora.linears)} layers take adapters up to rank {bundle.manifest.lora.rank}"
+    if not found:
+        out.print(f"{room}; there are none yet: 'fstq adapter add' puts one in")
+        return
+    table = Table(title=room)
     for column in ("name", "rank", "KiB", "trained on", "contract"):
         table.add_column(column, justify="right" if column in ("rank", "KiB") else "left")
     for name, one in found.items():

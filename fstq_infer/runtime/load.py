@@ -15,7 +15,7 @@ from fstq_infer.runtime.engine import Engine
 # name -> (builder of an engine directory, class that loads it, extra that installs the backend)
 BACKENDS = {
     "ort": ("fstq_engines.ort:build", "fstq_infer.runtime.ort:OrtEngine", "ort"),
-    "tensorrt": ("fstq_engines.tensorrt.build:build_tensorrt", "fstq_infer.runtime.trt:TrtEngine", "ort"),
+    "tensorrt": ("fstq_engines.tensorrt.build:build_tensorrt", "fstq_infer.runtime.trt:TrtEngine", "tensorrt"),
     "tensorrt-rtx": ("fstq_engines.tensorrt.build:build_rtx", "fstq_infer.runtime.trt:TrtEngine", "tensorrt-rtx"),
 }
 

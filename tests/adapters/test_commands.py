@@ -57,6 +57,12 @@ def test_add_list_remove(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert unknown.value.code == 1 and "did you mean 'law'" in capsys.readouterr().err
 
 
+def test_a_bundle_that_has_none_yet(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["adapter", "list", str(bundle)])
+    assert done.value.code == 0 and "none yet: 'fstq adapter add'" in capsys.readouterr().out
+
+
 def test_a_bundle_that_takes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with BundleWriter(tmp_path / "b") as writer:
         fill(writer.path)

@@ -14,6 +14,7 @@ from fstq_engines import profile  # noqa: E402
 from fstq_engines.quantized import QuantizedLayers  # noqa: E402
 
 from fstq_infer.bundle import Bundle  # noqa: E402
+from fstq_infer.cli import main  # noqa: E402
 from fstq_infer.errors import OptionError  # noqa: E402
 from fstq_infer.quant.formats import CPU_FORMATS, FORMATS  # noqa: E402
 from fstq_infer.quant.latency import Profile, costs_on  # noqa: E402
@@ -63,3 +64,14 @@ def test_places_that_cannot_be_written(tiny_bundle: Bundle, tmp_path: Path, plac
 def test_no_tokens(tiny_bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="profile-tokens is 0"):
         profile.write(tiny_bundle, tmp_path / "p.toml", 0)
+
+
+@pytest.mark.parametrize("options", [["--profile", "none/p.toml"], ["--profile", "p.toml", "--profile-tokens", "0"]])
+def test_a_wrong_option_ends_a_build_before_it_begins(
+    tiny_bundle: Bundle, tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FSTQ_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as ended:
+        main(["build", str(tiny_bundle.path), *options])
+    assert ended.value.code == 1 and not any(tmp_path.iterdir())

@@ -18,7 +18,7 @@ pytest.importorskip("mobius", reason="mobius-onnx is not installed; it comes wit
 import onnx
 import onnx_ir as ir
 import torch
-from fstq_export import decoder, reference, segments, source, verify
+from fstq_export import decoder, reference, rounding, segments, source, verify
 from fstq_export.passes.pruning import PruneStage
 from fstq_export.passes.scope import layer_of
 from safetensors.numpy import load_file, save_file
@@ -222,15 +222,50 @@ def test_small_numbers_are_measured_by_their_own_scale(tmp_path: Path) -> None:
         families.verified(model, tmp_path / "out", (), [])
 
 
+def test_what_rounding_does_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights so large that attention is a choice between two tokens: some rows turn on the last bit."""
+    monkeypatch.setitem(verify.TOLERANCE, "float32", 1e-4)
+    model = families.make("llama", tmp_path / "model", scale=20.0)
+    probes = families.exported(model, tmp_path / "out", STAGES)
+    found = families.verified(model, tmp_path / "out", STAGES, probes)
+    assert 1e-4 < max(*found.by_layer, found.dense) <= found.tolerance <= rounding.MOST
+
+    def change(data: np.ndarray) -> None:
+        data[:] = data[::-1].copy()
+
+    spoil(tmp_path / "out", "layers.1.mlp.up_proj", change)
+    with pytest.raises(VerificationError, match=r"decoder layer 1 on: .*; rounding alone moves the reference by"):
+        families.verified(model, tmp_path / "out", STAGES, probes)
+
+
+def test_rounding_is_measured_only_where_it_is_needed(llama: Exported) -> None:
+    runs: list[int] = []
+    with reference.reference(source.resolve(str(llama.model))) as frozen:
+
+        def run() -> dict[str, np.ndarray]:
+            runs.append(1)
+            ids = torch.tensor([families.ids(20)])
+            return {"logits": frozen.model(input_ids=ids, use_cache=False).logits.detach().numpy()}
+
+        allowance = rounding.Allowance(frozen, 1e-3, run)
+        assert allowance.of("logits", 9e-4) == 1e-3 and len(runs) == 1 and allowance.noise == {}
+        assert allowance.of("logits", float("inf")) == allowance.of("logits", 0.5) == 1e-3
+        assert len(runs) == 3 and 1e-7 < allowance.noise["logits"] < 1e-4 and allowance.advice("logits") == ""
+        assert np.array_equal(run()["logits"], allowance.wanted["logits"])  # nothing stays of the nudges
+        for noise, allowed in ((1e-3, 4e-3), (1.0, rounding.MOST)):
+            allowance.noise["logits"] = noise
+            assert allowance.of("logits", 2e-3) == pytest.approx(allowed)
+
+
 def test_difference() -> None:
     wanted = np.random.default_rng(0).normal(0, 5, (3, 100))
-    assert verify.difference(wanted, wanted) == 0
-    assert verify.difference(wanted + 0.5, wanted) == pytest.approx(0.5 / wanted.std())
-    assert verify.difference(wanted * 1e-3 + 1e-3, wanted * 1e-3) == pytest.approx(1 / wanted.std())
-    assert verify.difference(np.where(wanted > 4, np.nan, wanted), wanted) == float("inf")
-    assert verify.difference(np.full((3, 100), np.inf), wanted) == float("inf")
+    assert rounding.difference(wanted, wanted) == 0
+    assert rounding.difference(wanted + 0.5, wanted) == pytest.approx(0.5 / wanted.std())
+    assert rounding.difference(wanted * 1e-3 + 1e-3, wanted * 1e-3) == pytest.approx(1 / wanted.std())
+    assert rounding.difference(np.where(wanted > 4, np.nan, wanted), wanted) == float("inf")
+    assert rounding.difference(np.full((3, 100), np.inf), wanted) == float("inf")
     with pytest.raises(VerificationError, match=r"shape \(3, 99\), the reference \(3, 100\)"):
-        verify.difference(wanted[:, 1:], wanted)
+        rounding.difference(wanted[:, 1:], wanted)
 
 
 def test_half_precision(llama: Exported, tmp_path: Path) -> None:
