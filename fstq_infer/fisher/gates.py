@@ -164,6 +164,7 @@ def features(
         present.take(batch.ids),
         present.valid,
         present.valid & (present.columns >= batch.prompt - queries),
+        present.take(batch.positions),
     )
 
 
