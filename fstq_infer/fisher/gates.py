@@ -164,7 +164,6 @@ def features(
         present.take(batch.ids),
         present.valid,
         present.valid & (present.columns >= batch.prompt - queries),
-        present.take(batch.positions),
     )
 
 

@@ -1,9 +1,9 @@
 """The probe: a tiny head that predicts token sensitivity at inference, where there is no gradient.
 
 Query-aware: token-level matches between the last Q positions and every token, from RMS-normed layer inputs and
-embeddings; linear features, log window attention, lexical overlap, and where a token stands and whether it comes again;
-three 1-D convolutions, because words span tokens; and a sum over ``span`` neighbours, because half a sentence is of
-little use. 55k parameters at width 64, 0.39 M at 896; the exported graph computes the same (fstq_export.passes.probe).
+embeddings; linear features, log window attention and lexical overlap; three 1-D convolutions, because words span
+tokens; and a sum over ``span`` neighbours, because half a sentence is of little use. 54k parameters at width 64,
+0.39 M at 896; the exported graph computes the same (fstq_export.passes.probe).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch.nn import functional
 
 QUERIES = 16  # so many last tokens are read as the question
 EPSILON = 1e-6
-LEXICAL, PLACE = 3, 6  # features of :func:`lexical` and :func:`place`
 NEGATIVE = -1e4
 
 
@@ -27,8 +26,8 @@ NEGATIVE = -1e4
 class ProbeInput:
     """Features of a left-padded batch of prompts at one prune layer.
 
-    states: (B, S, 2D) RMS-normed layer input and embedding. side: (B, 2H + 9, S) log window attention (mean and max
-    over the last Q queries), lexical overlap and place. valid: (B, S) bool. asked: (B, S) bool, the question's tokens.
+    states: (B, S, 2D) RMS-normed layer input and embedding. side: (B, 2H + 3, S) log window attention (mean and max
+    over the last Q queries) and lexical overlap. valid: (B, S) bool. asked: (B, S) bool, the question's tokens.
     """
 
     states: torch.Tensor
@@ -45,13 +44,11 @@ class ProbeInput:
         ids: torch.Tensor,
         valid: torch.Tensor,
         asked: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
     ) -> ProbeInput:
         """hidden, embedded: (B, S, D); attention: (B, H, min(Q, S), S) of the last queries; ids, valid: (B, S).
 
         asked: (B, S), which of the last Q tokens belong to the question, all by default. Behind an earlier stage, which
-        may have dropped some of it, what stands before it moves up. positions: (B, S) in the prompt, where they are not
-        those of tokens without gaps.
+        may have dropped some of it, what stands before it moves up.
         """
         width = hidden.shape[-1]
         states = torch.cat([functional.rms_norm(x.float(), (width,), eps=EPSILON) for x in (hidden, embedded)], -1)
@@ -61,10 +58,9 @@ class ProbeInput:
         rows = asked[:, -queries:].float()[:, None, :, None]
         seen = attention.float() * rows
         mean = seen.sum(2) / rows.sum(2)
-        if positions is None:
-            positions = valid.cumsum(1) - 1
-        drawn = [(mean + EPSILON).log(), (seen.amax(2) + EPSILON).log()]
-        side = torch.cat([*drawn, lexical(ids, valid, asked, queries), place(ids, valid, positions)], 1)
+        side = torch.cat(
+            [(mean + EPSILON).log(), (seen.amax(2) + EPSILON).log(), lexical(ids, valid, asked, queries)], 1
+        )
         return cls(states, side, valid, asked)
 
     def row(self, index: int) -> ProbeInput:
@@ -99,22 +95,6 @@ def lexical(ids: torch.Tensor, valid: torch.Tensor, asked: torch.Tensor, queries
     return torch.stack([uni.amax(1) / count, bi.amax(1), tri.amax(1)], 1)
 
 
-def place(ids: torch.Tensor, valid: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """(B, 6, S): where a token stands and whether it comes again; ids, valid, positions: (B, S).
-
-    Logarithms of its distance to the last token and to the first, and of how often it is there, each over 4; whether
-    it, the bigram and the trigram that it ends come again further on.
-    """
-    known = valid.float()
-    same = (ids[:, :, None] == ids[:, None, :]).float() * known[:, :, None] * known[:, None, :]
-    later = same.triu(1)
-    pair = later * functional.pad(later, (1, 0, 1, 0))[:, :-1, :-1]
-    triple = pair * functional.pad(pair, (1, 0, 1, 0))[:, :-1, :-1]
-    counts = [positions[:, -1:] - positions + 1, positions + 1, same.sum(2)]
-    again = [matches.amax(2) for matches in (later, pair, triple)]
-    return torch.stack([*(count.float().clamp(min=1).log() / 4 for count in counts), *again], 1) * known[:, None]
-
-
 class Probe(nn.Module):
     """Scores (B, S) of a :class:`ProbeInput`; higher matters more. ``heads`` matches of width ``rank``.
 
@@ -140,7 +120,7 @@ class Probe(nn.Module):
         super().__init__()
         self.queries, self.window = queries, queries if window is None else window
         self.heads, self.rank = heads, rank
-        features = 2 * heads + linear + 2 * attention_heads + LEXICAL + PLACE
+        features = 2 * heads + linear + 2 * attention_heads + 3
         self.query = nn.Linear(2 * width, heads * rank)
         self.key = nn.Linear(2 * width, heads * rank)
         self.linear = nn.Linear(2 * width, linear)
@@ -159,7 +139,7 @@ class Probe(nn.Module):
         with torch.no_grad():
             for parameter in probe.conv3.parameters():
                 parameter.zero_()
-            start = probe.skip.weight.shape[1] - LEXICAL - PLACE - 2 * attention_heads
+            start = probe.skip.weight.shape[1] - 3 - 2 * attention_heads
             probe.skip.weight[0, start : start + attention_heads] = 1 / attention_heads
         return probe
 
@@ -170,7 +150,7 @@ class Probe(nn.Module):
         """The probe that :meth:`arrays` was taken from."""
         heads, rank, width = arrays["query.weight"].shape
         linear = arrays["linear.weight"].shape[0]
-        attention_heads = (arrays["conv1.weight"].shape[1] - 2 * heads - linear - LEXICAL - PLACE) // 2
+        attention_heads = (arrays["conv1.weight"].shape[1] - 2 * heads - linear - 3) // 2
         span = arrays["span"].shape[2]
         probe = cls(width // 2, attention_heads, queries, window, rank, heads, linear, span)
         flat = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from fstq_infer.fisher import train
 from fstq_infer.fisher.gates import observe
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
-from fstq_infer.fisher.probe import EPSILON, LEXICAL, PLACE, Probe, ProbeInput, lexical, place
+from fstq_infer.fisher.probe import EPSILON, Probe, ProbeInput, lexical
 
 from .models import HEADS, WIDTH, tiny, tokens
 
@@ -36,7 +35,7 @@ def random_probe(seed: int = 0, span: int = 1) -> Probe:
 def random_rows(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[ProbeInput]:
     """Inputs of the shape that :meth:`ProbeInput.row` gives."""
     generator = torch.Generator().manual_seed(seed)
-    side = 2 * HEADS + LEXICAL + PLACE
+    side = 2 * HEADS + 3
     return [
         ProbeInput(
             torch.randn(n, 2 * WIDTH, generator=generator).half(),
@@ -61,7 +60,7 @@ def test_features_do_not_depend_on_padding() -> None:
     attention = torch.rand(len(LENGTHS), HEADS, WINDOW, size, generator=generator)
     attention *= valid[:, None, None] | ~valid[:, None, -WINDOW:, None]  # real queries see no padding
     together = ProbeInput.of(hidden, embedded, attention, ids, valid)
-    assert together.states.shape == (len(LENGTHS), size, 2 * WIDTH) and together.side.shape[1] == 2 * HEADS + 9
+    assert together.states.shape == (len(LENGTHS), size, 2 * WIDTH) and together.side.shape[1] == 2 * HEADS + 3
     for row, n in enumerate(LENGTHS):
         shown = attention[row : row + 1, :, -min(n, WINDOW) :, -n:]
         part = [x[row : row + 1, -n:] for x in (hidden, embedded)]
@@ -106,31 +105,6 @@ def test_lexical_is_the_naive_one() -> None:
         valid, asked = torch.ones(1, n, dtype=torch.bool), torch.arange(n)[None] >= n - WINDOW
         found = lexical(ids, valid, asked, min(WINDOW, n))
         np.testing.assert_allclose(found[0].numpy(), np.array(naive_lexical(ids[0].tolist(), WINDOW), float), rtol=1e-6)
-
-
-def naive_place(ids: list[int], positions: list[int]) -> list[list[float]]:
-    n = len(ids)
-
-    def again(key: int, length: int) -> bool:
-        """Whether the n-gram that ends at ``key`` ends further on too."""
-        mine = ids[key - length + 1 : key + 1]
-        return key - length + 1 >= 0 and any(ids[end - length + 1 : end + 1] == mine for end in range(key + 1, n))
-
-    logs = [[positions[-1] - p + 1 for p in positions], [p + 1 for p in positions], [ids.count(token) for token in ids]]
-    return [[math.log(number) / 4 for number in row] for row in logs] + [
-        [float(again(key, length)) for key in range(n)] for length in (1, 2, 3)
-    ]
-
-
-def test_place_is_the_naive_one() -> None:
-    rng = np.random.default_rng(1)
-    for n in (1, 2, 5, 30, 60):
-        ids, positions = rng.integers(0, 4, n), np.sort(rng.choice(2 * n, n, replace=False))
-        known = torch.ones(1, n, dtype=torch.bool)
-        found = place(torch.from_numpy(ids)[None], known, torch.from_numpy(positions)[None])
-        assert found.shape == (1, PLACE, n)
-        wanted = np.array(naive_place(ids.tolist(), positions.tolist()))
-        np.testing.assert_allclose(found[0].numpy(), wanted, rtol=1e-6, atol=1e-7)
 
 
 # ---- the probe ---------------------------------------------------------------------------------------------------

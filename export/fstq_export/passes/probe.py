@@ -71,46 +71,10 @@ def asked(emit: Emit, tokens: Tokens, queries: int) -> ir.Value:
     return emit("And", tokens.valid, emit("Greater", tokens.positions, emit("Sub", last, emit.ints(queries))))
 
 
-def repeats(emit: Emit, tokens: Tokens) -> ir.Value:
-    """(B, S, S) 1 where two tokens, of which the second is no padding, are the same."""
-    ids = emit("Unsqueeze", tokens.ids, emit.ints(2)), emit("Unsqueeze", tokens.ids, emit.ints(1))
-    return emit("Mul", _float(emit, emit("Equal", *ids)), emit("Unsqueeze", _float(emit, tokens.valid), emit.ints(1)))
-
-
-def _after(emit: Emit, matches: ir.Value) -> ir.Value:
-    """(B, N, S) matches moved one on along both: whether the pair of predecessors matched too."""
-    moved = emit("Pad", matches, emit.ints(0, 1, 1, 0, 0, 0))
-    return emit("Slice", moved, emit.ints(0, 0), emit.ints(-1, -1), emit.ints(1, 2))
-
-
-def place(emit: Emit, tokens: Tokens, same: ir.Value) -> ir.Value:
-    """(B, 6, S): distances to the last token and the first, how often a token is there, and what comes again.
-
-    same: :func:`repeats`. See the function of that name in fstq_infer.fisher.probe.
-    """
-    valid = _float(emit, tokens.valid)
-    same = emit("Mul", same, emit("Unsqueeze", valid, emit.ints(2)))
-    places = emit("Unsqueeze", tokens.positions, emit.ints(2)), emit("Unsqueeze", tokens.positions, emit.ints(1))
-    later = emit("Mul", same, _float(emit, emit("Less", *places)))
-    pair = emit("Mul", later, _after(emit, later))
-    triple = emit("Mul", pair, _after(emit, pair))
-    last = emit("Slice", tokens.positions, emit.ints(-1), emit.ints(2**62), emit.ints(1))
-    ago = _float(emit, emit("Sub", last, tokens.positions))
-    one, part = (emit.const(np.array(number, np.float32)) for number in (1, 1 / 4))
-    counts = [
-        emit("Add", ago, one),
-        emit("Add", _float(emit, tokens.positions), one),
-        emit("ReduceSum", same, emit.ints(2), keepdims=0),
-    ]
-    rows = [emit("Mul", emit("Log", emit("Max", count, one)), part) for count in counts]
-    rows += [emit("ReduceMax", matches, emit.ints(2), keepdims=0) for matches in (later, pair, triple)]
-    return emit("Concat", *(emit("Unsqueeze", emit("Mul", row, valid), emit.ints(1)) for row in rows), axis=1)
-
-
-def lexical(emit: Emit, tokens: Tokens, question: ir.Value, queries: int, repeated: ir.Value) -> ir.Value:
+def lexical(emit: Emit, tokens: Tokens, question: ir.Value, queries: int) -> ir.Value:
     """(B, 3, S): does the question hold this token (over its count in the prompt), this bigram, this trigram.
 
-    question: (B, S) 1 for its tokens, which are among the last ``queries``. repeated: :func:`repeats`.
+    question: (B, S) 1 for its tokens, which are among the last ``queries``.
     """
     # 0/1 arithmetic throughout: boolean ops of that shape are slower, and shifting is a Pad.
     last = emit("Slice", tokens.ids, emit.ints(-queries), emit.ints(2**62), emit.ints(1))
@@ -121,9 +85,16 @@ def lexical(emit: Emit, tokens: Tokens, question: ir.Value, queries: int, repeat
     outside = emit("Sub", valid, question)  # the question is valid
     inside = emit("Mul", emit("Unsqueeze", rows, emit.ints(2)), emit("Unsqueeze", outside, emit.ints(1)))
     uni = emit("Mul", same, inside)
-    bi = emit("Mul", uni, _after(emit, uni))
-    tri = emit("Mul", bi, _after(emit, bi))
-    count = emit("ReduceSum", repeated, emit.ints(2), keepdims=0)
+
+    def after(matches: ir.Value) -> ir.Value:
+        """Matches moved one on in both the question and the prompt: the predecessor pair matched too."""
+        moved = emit("Pad", matches, emit.ints(0, 1, 1, 0, 0, 0))
+        return emit("Slice", moved, emit.ints(0, 0), emit.ints(-1, -1), emit.ints(1, 2))
+
+    bi = emit("Mul", uni, after(uni))
+    tri = emit("Mul", bi, after(bi))
+    equal = _float(emit, emit("Equal", emit("Unsqueeze", tokens.ids, emit.ints(2)), ids_column))
+    count = emit("ReduceSum", emit("Mul", equal, emit("Unsqueeze", valid, emit.ints(1))), emit.ints(2), keepdims=0)
     count = emit("Max", count, emit.const(np.array(1, np.float32)))
     features = [emit("Div", _amax(emit, uni), count), _amax(emit, bi), _amax(emit, tri)]
     return emit("Concat", *(emit("Unsqueeze", f, emit.ints(1)) for f in features), axis=1)
@@ -203,7 +174,6 @@ def probe_scores(
     tiny = emit.const(np.array(1e-6, np.float32))
     mean = emit("Div", emit("ReduceSum", weights_seen, emit.ints(2), keepdims=0), rows_seen)
     peak = emit("ReduceMax", weights_seen, emit.ints(2), keepdims=0)
-    same = repeats(emit, tokens)
     features = emit(
         "Concat",
         best,
@@ -211,8 +181,7 @@ def probe_scores(
         emit("Transpose", linear, perm=[0, 2, 1]),
         emit("Log", emit("Add", mean, tiny)),
         emit("Log", emit("Add", peak, tiny)),
-        lexical(emit, tokens, question, queries, same),
-        place(emit, tokens, same),
+        lexical(emit, tokens, question, queries),
         axis=1,
     )
     mask = emit("Unsqueeze", valid, emit.ints(1))
