@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fstq_infer.fisher.gates import Observation, left, run
 from fstq_infer.fisher.hooks import Decoder, key_bias, watch
-from fstq_infer.fisher.items import Batch, Cut, Item, collate
+from fstq_infer.fisher.items import Batch, Cut, Item, batches, collate
 from fstq_infer.fisher.prefix import Prefix
 from fstq_infer.fisher.probe import Probe, ProbeInput
 from fstq_infer.fisher.prune import pruning
@@ -27,6 +27,7 @@ from fstq_infer.fisher.select import keep_count
 
 KEEPS = (0.5, 0.25, 0.25, 0.125)  # keep ratios seen while tuning
 RATE, WARM = 1e-3, 20  # of AdamW, and steps over which it rises; it falls along a cosine
+ROWS, TOKENS = 8, 2560  # of a step, at most; of longer items fewer rows
 WARMEST, COLDEST = 0.5, 0.3  # temperature of the gates, at first and at last
 SHUT = 0.02  # a gate below lets nothing through
 HALVINGS = 30
@@ -138,7 +139,6 @@ def tune(
     sink: int,
     seed: int,
     steps: int = 400,
-    rows: int = 8,
     progress: Progress | None = None,
     cuts: Sequence[Cut] = (),
 ) -> None:
@@ -150,8 +150,7 @@ def tune(
     tuner = Tuner(probe, decoder, layer, items, observations, sink, cuts)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=RATE, weight_decay=0.01)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    order = sorted(range(len(items)), key=lambda i: len(items[i]))
-    groups = [order[i : i + rows] for i in range(0, len(order), rows)]  # the same ones each time: their prefix is known
+    groups = [chosen for chosen, _ in batches(items, TOKENS, ROWS)]  # the same ones each time: their prefix is known
     queue: list[int] = []
     for step in range(steps):
         queue = queue or rng.permutation(len(groups)).tolist()

@@ -164,7 +164,7 @@ def test_tune_lowers_its_loss_and_leaves_the_model_alone(frozen: bool) -> None:
             return float(one.loss(rows, [0.25] * len(items), 0.3))
 
     before, done = loss(), []
-    tune(one.probe, decoder, 2, items, one.observations, SINK, seed=0, steps=80, rows=4, progress=done.append)
+    tune(one.probe, decoder, 2, items, one.observations, SINK, seed=0, steps=80, progress=done.append)
     assert loss() < before - 0.01, (before, entropy(one))
     assert done == list(range(1, 81))
     assert all(p.grad is None and p.requires_grad != frozen for p in model.parameters())
@@ -183,5 +183,5 @@ def test_tune_is_reproducible_and_runs_the_layers_before_once() -> None:
         tune(probe, decoder, 1, items, observations, SINK, seed=6, steps=4)
         found.append(torch.cat([p.detach().flatten() for p in probe.parameters()]))
     hook.remove()
-    assert torch.equal(*found) and len(calls) == 2
+    assert torch.equal(*found) and len(calls) == 2  # all items fit into one step
     assert not torch.equal(found[0], torch.cat([p.detach().flatten() for p in random_probe().parameters()]))
