@@ -31,6 +31,7 @@ from fstq_export.heldout import HeldOut, Trial, training_cuts
 from fstq_export.recipe import Recipe
 from fstq_infer.errors import OptionError
 from fstq_infer.fisher import train
+from fstq_infer.fisher import tune as tuning
 from fstq_infer.fisher.gates import Observation, observe
 from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Cut, Item
@@ -227,11 +228,11 @@ class Calibrator:
                 yield "distilled", layer, score, probe.with_span(SPAN)
 
     def _tuned(self, best: Trial, seen: Sequence[Observation], cuts: Sequence[Cut]) -> Probe:
-        """The best trial's probe, tuned through soft gates."""
-        probe = Probe.from_arrays(best.probe.arrays(), window=self.window)
+        """The best trial's probe, tuned through sampled gates; what a span was to do it learns itself."""
+        probe = best.probe.with_span(1)
         label = f"tune probe, layer {best.layer}"
         with self._timed("tune"):
-            train.tune(
+            tuning.tune(
                 probe,
                 self.decoder,
                 best.layer,

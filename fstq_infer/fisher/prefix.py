@@ -57,7 +57,7 @@ class Prefix:
             states = args[0] if args else kwargs["hidden_states"]
             if states.nbytes <= self.room:
                 self.room -= states.nbytes
-                self._known[key] = states
+                self._known[key] = states.detach()
 
         return hook
 

@@ -1,4 +1,4 @@
-"""fstq_infer.fisher.probe and train: features, the probe's invariances, distillation, soft gates and tuning."""
+"""fstq_infer.fisher.probe and train: features, the probe's invariances, and distillation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import torch
 from fstq_infer.fisher import train
 from fstq_infer.fisher.gates import observe
 from fstq_infer.fisher.hooks import Decoder
-from fstq_infer.fisher.items import Item, collate
+from fstq_infer.fisher.items import Item
 from fstq_infer.fisher.probe import EPSILON, Probe, ProbeInput, lexical
-from fstq_infer.fisher.select import keep_count, select
 
-from .models import HEADS, LAYERS, WIDTH, tiny, tokens
+from .models import HEADS, WIDTH, tiny, tokens
 
 WINDOW = 6
 LENGTHS = (31, 4, 12, 6, 1, 20)
@@ -196,106 +195,3 @@ def test_distill_lowers_the_loss_and_is_reproducible() -> None:
         results.append(divergence(probe, rows, targets))
     assert results[0] < 0.5 * before
     assert results[0] == results[1] and done == [*range(1, 16)] * 2
-
-
-def soft(scores: Any, valid: Any, keeps: list[float], temperature: float) -> tuple[Any, float]:
-    bias, excess = train.soft_bias(scores, valid, keeps, 1, WINDOW, temperature)
-    return bias, float(excess)
-
-
-def test_soft_bias_leaves_forced_tokens_and_padding_open() -> None:
-    x = ProbeInput.pad(random_rows())
-    scores = torch.randn(x.valid.shape, generator=torch.Generator().manual_seed(1))
-    keeps = [0.5, 0.5, 0.25, 0.5, 0.125, 0.5]
-    bias, excess = soft(scores, x.valid, keeps, 0.5)
-    assert bias.shape == scores.shape and (bias <= 0).all() and bias.isfinite().all() and excess >= 0
-    for row, n in enumerate(LENGTHS):
-        first = x.valid.shape[1] - n
-        assert (bias[row, : first + 1] == 0).all() and (bias[row, -WINDOW:] == 0).all()
-        free = bias[row, first + 1 : -WINDOW]
-        assert (free < 0).all()  # no gate of a free token is quite open
-        mine = scores[row, first + 1 : -WINDOW]
-        assert torch.equal(free.argsort(), mine.argsort())  # higher scores, opener gates
-        alone, _ = soft(scores[row : row + 1, first:], x.valid[row : row + 1, first:], keeps[row : row + 1], 0.5)
-        torch.testing.assert_close(bias[row, first:], alone[0])
-
-
-@pytest.mark.parametrize("keep", [0.3, 0.5, 0.9])
-def test_cold_soft_bias_is_the_selection(keep: float) -> None:
-    n = 60
-    scores = torch.randn(1, n, generator=torch.Generator().manual_seed(2))
-    bias, excess = soft(scores, torch.ones(1, n, dtype=torch.bool), [keep], 1e-4)
-    kept = select(scores[0].numpy(), keep_count(n, keep, 1, WINDOW), 1, WINDOW)
-    # the k-th largest free score sits in the middle of the sigmoid, everything else at an end
-    assert (bias[0] > -0.7).nonzero()[:, 0].tolist() == kept.tolist()
-    assert excess < 1 / (n - 1 - WINDOW)
-    assert soft(scores, torch.ones(1, n, dtype=torch.bool), [keep], 100.0)[1] == pytest.approx(
-        max(0.0, 0.5 - (len(kept) - 1 - WINDOW) / (n - 1 - WINDOW)), abs=0.02
-    )
-
-
-def test_soft_bias_of_prompts_without_free_tokens() -> None:
-    valid = torch.ones(2, WINDOW, dtype=torch.bool)
-    bias, excess = soft(torch.randn(2, WINDOW), valid, [0.5, 0.5], 0.3)
-    assert (bias == 0).all() and excess == 0
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_tune_lowers_its_loss_and_leaves_the_model_alone(frozen: bool) -> None:
-    model = tiny().requires_grad_(not frozen)
-    decoder = Decoder.of(model)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    items = [Item(tokens(20 + n % 5, seed=n), tokens(2, seed=n + 50)) for n in range(10)]
-    observations = observe(decoder, items, (2,), WINDOW)
-    torch.manual_seed(3)
-    probe = Probe(WIDTH, HEADS, WINDOW)
-
-    def loss() -> float:
-        gates = train.SoftGates(probe, range(2, LAYERS), collate(items), [0.25] * len(items), 1, 0.5)
-        with torch.no_grad():
-            return float(train.gated_loss(decoder, gates, observations))
-
-    before, done = loss(), []
-    train.tune(probe, decoder, 2, items, observations, 1, seed=0, steps=30, rows=4, progress=done.append)
-    assert loss() < before - 0.05
-    assert done == list(range(1, 31))
-    assert all(p.grad is None and p.requires_grad != frozen for p in model.parameters())
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_the_answers_reach_every_part_of_the_probe() -> None:
-    """The gradient of the cross-entropy alone, through the frozen layers and the gates."""
-    items = [Item(tokens(n, seed=n), tokens(2, seed=n)) for n in (19, 24)]
-    decoder = Decoder.of(tiny())
-    probe = random_probe()
-    gates = train.SoftGates(probe, range(2, LAYERS), collate(items), [0.5, 0.25], 1, 0.5)
-    loss = train.gated_loss(decoder, gates, observe(decoder, items, (2,), WINDOW)) - 2 * gates.excess
-    for gradient in torch.autograd.grad(loss, list(probe.parameters())):
-        assert gradient.isfinite().all() and (gradient != 0).any()
-
-
-def test_open_gates_cost_the_dense_cross_entropy() -> None:
-    """With everything kept the loss is the entropy of the dense model's own likely tokens: nothing is lost."""
-    decoder = Decoder.of(tiny())
-    items = [Item(tokens(n, seed=n), tokens(2, seed=n)) for n in (9, 14, 30)]
-    observations = observe(decoder, items, (1,), WINDOW)
-    gates = train.SoftGates(random_probe(), range(1, LAYERS), collate(items), [1.0] * 3, 1, 1e-4)
-    with torch.no_grad():
-        found = float(train.gated_loss(decoder, gates, observations))
-    entropy = sum(float(-(o.weight * o.weight.log()).sum(-1).mean()) for o in observations) / len(items)
-    assert found == pytest.approx(entropy, abs=0.05) and float(gates.excess) == 0
-
-
-def test_tune_is_reproducible() -> None:
-    decoder = Decoder.of(tiny())
-    items = [Item(tokens(20, seed=n), tokens(2, seed=n)) for n in range(5)]
-    observations = observe(decoder, items, (1,), WINDOW)
-    found = []
-    for _ in range(2):
-        probe = random_probe()
-        train.tune(probe, decoder, 1, items, observations, 1, seed=6, steps=4)
-        found.append(torch.cat([p.detach().flatten() for p in probe.parameters()]))
-    assert torch.equal(*found) and not torch.equal(
-        found[0], torch.cat([p.detach().flatten() for p in random_probe().parameters()])
-    )
