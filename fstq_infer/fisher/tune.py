@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from fstq_infer.fisher.gates import Observation, left, run
+from fstq_infer.fisher.gates import Observation, run
 from fstq_infer.fisher.hooks import Decoder, key_bias, watch
 from fstq_infer.fisher.items import Batch, Cut, Item, batches, collate
 from fstq_infer.fisher.prefix import Prefix
@@ -110,23 +110,23 @@ class Tuner:
 
     def _gated(self, batch: Batch, chosen: Sequence[int], valid: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Logits of the answers with keys gated at and after the layer. valid, gates: (B, S) of the tokens there."""
-        there = [cut.kept for cut in self.cuts]
-        present = left(self.cuts, chosen, batch)
-        ajar = (gates.detach() > math.log(SHUT)).numpy()
+        mine = [row[known] for row, known in zip(gates, valid, strict=True)]
+        ajar = [row.detach() > math.log(SHUT) for row in mine]
+        most = max(int(row.sum()) for row in ajar)
+        bias = [functional.pad(row[some], (most - int(some.sum()), 0)) for row, some in zip(mine, ajar, strict=True)]
 
         def choose(stage: int, row: int, tokens: NDArray[np.int64], _scores: NDArray[np.float32]) -> NDArray[np.int64]:
-            return there[stage][chosen[row]] if stage < len(there) else tokens[ajar[row, valid[row].numpy()]]
+            return self.cuts[stage].kept[chosen[row]] if stage < len(self.cuts) else tokens[ajar[row].numpy()]
 
-        spread = torch.zeros(len(gates), batch.prompt).scatter_add(1, present.columns, gates * valid)
-        bias = key_bias(spread, batch.ids.shape[1])
         layers = [*(cut.layer for cut in self.cuts), self.layer]
         with (
             self.prefix.ahead(batch),
-            watch(self.decoder) as seen,
             pruning(self.decoder, batch, layers, choose, [None] * len(layers)),
+            watch(self.decoder) as seen,  # after pruning: biases are those of the tokens that are left
             torch.enable_grad(),
         ):
-            seen.bias.update(dict.fromkeys(range(self.layer, len(self.decoder.layers)), bias))
+            left = key_bias(torch.stack(bias), most + batch.labels.shape[1])
+            seen.bias.update(dict.fromkeys(range(self.layer, len(self.decoder.layers)), left))
             return run(self.decoder, batch)
 
 
