@@ -253,7 +253,7 @@ def check_pruned(
     checked = _Checked(stages, probes, keep, kept, text, tolerance, name)
     with pruning(decoder, text.batch, [s.layer for s in stages], checked, probes):
         allowance = Allowance(decoder, tolerance, lambda: {"logits": text.forward(decoder)})
-        gap = difference(found, allowance.wanted["logits"])
+        gap, same = difference(found, allowance.wanted["logits"]), all(checked.same)
         tolerance = allowance.of("logits", gap)
     if gap > tolerance:
         raise VerificationError(
@@ -261,7 +261,7 @@ def check_pruned(
             f"most {tolerance:.2g}{allowance.advice('logits')}), though the dense graph agrees: the difference starts "
             f"at a prune layer ({', '.join(str(s.layer) for s in stages)}). Nothing was written"
         )
-    return gap, all(checked.same), tolerance
+    return gap, same, tolerance
 
 
 def verify(
