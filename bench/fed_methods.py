@@ -37,7 +37,8 @@ Codec = Callable[[Any, Sending], tuple[bytes, Part, State]]  # (N,) delta -> mes
 @dataclass(frozen=True)
 class Method:
     """A row of the comparison. parts: which factors are trained and sent. momentum, server: FedAvgM's momentum and
-    learning rate. budget: bytes of a message, where the codec keeps to one. about: what it stands for.
+    learning rate. average: of the weights that are delivered, see Server. downlink: bytes of a message of the server,
+    0 for float32 weights. tokens: share of tokens whose loss counts. about: what it stands for.
     """
 
     codec: Codec
@@ -45,6 +46,9 @@ class Method:
     parts: str = "AB"
     momentum: float = 0.0
     server: float = 1.0
+    average: float = 0.0
+    downlink: int = 0
+    tokens: float = 1.0
 
 
 def composed(make: Callable[[TensorManifest], Compressor], budget: int | None = None, noise: int = 0) -> Codec:
@@ -112,6 +116,8 @@ METHODS: dict[str, Method] = {
     "mosaic": Method(tiles(2100), "mosaic, B only, 2,100 bytes, server momentum 0.3", "B", 0.3),
     "mosaic-1400": Method(tiles(1400), "mosaic, B only, 1,400 bytes, no momentum", "B"),
     "mosaic-lean": Method(tiles(2100), "mosaic, B but of queries and keys, 2,100 bytes, momentum 0.6", "B-vod", 0.6),
+    "mosaic-swift": Method(tiles(2700), "as lean, 2,700 bytes, averaged, 6,000 bytes down", "B-vod", 0.6, 1.0, 4, 6000),
+    "paper-tokens": Method(composed(preset("paper")), "Fed-FSTQ's rule, loss of half of the tokens", tokens=0.5),
     "mosaic-fast": Method(tiles(2400), "mosaic, B but of queries and keys, 2,400 bytes, momentum 0.75", "B-vod", 0.75),
     "mosaic-1500": Method(tiles(1500), "mosaic, B but of queries and keys, 1,500 bytes, momentum 0.5", "B-vod", 0.5),
     "mosaic-ab": Method(tiles(2100), "mosaic, A and B, 2,100 bytes, server momentum 0.5", "AB", 0.5),

@@ -102,16 +102,28 @@ class Downlink:
         self.version, self._target = self.version + 1, target
         self._crc = checksum(self.weights)
 
-    def content_for(self, node: int, content: Any, run: str) -> tuple[Any, int]:
-        """(request for one node, bytes of its weights): messages since what it holds, or all weights."""
-        whole = sum(array.nbytes for array in self.weights.values())
+    def messages_for(self, node: int) -> tuple[int, bytes | None]:
+        """(version that a node holds, messages from there on); (WHOLE, None) where it needs all weights."""
         since = self.held.get(node, WHOLE)
         messages = [blob for version, blob in self.chain if version > since]
         size = sum(len(blob) for blob in messages)
-        if since < 0 or since > self.version or since + len(messages) != self.version or size >= whole:
+        if since < 0 or since > self.version or since + len(messages) != self.version or size >= self.whole:
+            return WHOLE, None
+        return since, b"".join(messages)
+
+    @property
+    def whole(self) -> int:
+        """Bytes of all weights."""
+        return sum(array.nbytes for array in self.weights.values())
+
+    def content_for(self, node: int, content: Any, run: str) -> tuple[Any, int]:
+        """(request for one node, bytes of its weights): messages since what it holds, or all weights."""
+        since, messages = self.messages_for(node)
+        broadcast = Broadcast(run, self.version, since, self._crc)
+        if messages is None:
             arrays = ArrayRecord({name: Array(values) for name, values in self.weights.items()})
-            return Broadcast(run, self.version, WHOLE, self._crc).into(content, arrays), whole
-        return Broadcast(run, self.version, since, self._crc).into(content, pack(b"".join(messages))), size
+            return broadcast.into(content, arrays), self.whole
+        return broadcast.into(content, pack(messages)), len(messages)
 
     def heard(self, node: int, version: Any) -> None:
         """What a node says that it holds; None: nothing that is known."""
