@@ -19,6 +19,7 @@ from fstq_infer.federated.tensors import TensorManifest
 from fstq_infer.federated.tokens import TokenScores
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENDING = {"q_proj", "k_proj"}
 TOLERANCE = 1e-3  # of logits, against Transformers
 
 
@@ -64,13 +65,10 @@ class LoraLlama:
         self._check(model)
 
     def parts(self, name: str) -> list[str]:
-        """Tensors that are trained: ``AB`` all, ``B`` those of B, ``B-vod`` without queries and keys."""
-        kept = [name for name, _ in self.manifest.tensors]
-        if name != "AB":
-            kept = [tensor for tensor in kept if tensor.endswith("B")]
-        if name == "B-vod":
-            kept = [tensor for tensor in kept if ".q_proj." not in tensor and ".k_proj." not in tensor]
-        return kept
+        """Tensors that are trained: ``AB`` all, ``B`` those of B; ``AB-vod``, ``B-vod`` without queries and keys."""
+        factors, _, places = name.partition("-")
+        kept = [tensor for tensor, _ in self.manifest.tensors if tensor[-1] in factors]
+        return [tensor for tensor in kept if not places or not ATTENDING & set(tensor.split("."))]
 
     def start(self, seed: int) -> torch.Tensor:
         """A as PEFT draws it, B zero."""

@@ -104,6 +104,7 @@ METHODS: dict[str, Method] = {
     "fedavg": Method(composed(preset("lossless")), "LoRA FedAvg, float32"),
     "fedavg-fp16": Method(composed(everything("fp16")), "LoRA FedAvg, float16"),
     "fedavg-momentum": Method(composed(preset("lossless")), "float32 with server momentum (FedAvgM)", "AB", 0.7, 0.5),
+    "fedavg-averaged": Method(composed(preset("lossless")), "float32, averaged weights delivered", average=4),
     "ffa": Method(composed(preset("lossless")), "FFA-LoRA (arXiv 2403.12313): B only, float32", "B"),
     "fedpaq": Method(composed(everything("uniform8"), noise=127), "FedPAQ (arXiv 1909.13014): 8 bits, stochastic"),
     "qsgd4": Method(composed(everything("uniform4"), noise=7), "QSGD (arXiv 1610.02132): 4 bits, stochastic"),

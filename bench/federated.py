@@ -79,7 +79,7 @@ def run(model: LoraLlama, task: Task, setting: Setting, folder: Path) -> list[di
     mask, places = torch.from_numpy(kept.astype(np.float32)), np.flatnonzero(kept)
     tokens = TokenSettings(method.tokens, every=setting.steps) if method.tokens < 1 else None
     clients = Clients(files.clients, manifest, tokens, len(model.embedding))
-    downlink = Downlink("fstq", method.downlink) if method.downlink else None
+    downlink = Downlink("fstq", method.downlink, drawn=True) if method.downlink else None
     server = Server(model.start(setting.seed), places, manifest, method.average, downlink)
     network = Network(
         links(setting.network, total, setting.seed), Compute(STEP, 0.3), setting.dropout, setting.loss,

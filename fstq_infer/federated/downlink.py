@@ -66,15 +66,18 @@ class Downlink:
     """The server's side, for FstqStrategy(downlink=...).
 
     preset: of compress.PRESETS. budget: bytes of a message, None for as many as it takes. history: versions that a
-    client may have missed and still be served by messages.
+    client may have missed and still be served by messages. drawn: clients make the first weights themselves
+    (DownlinkMod's start), so they are sent only to one that could not.
     """
 
-    def __init__(self, preset: str = "fstq", budget: int | None = 65_536, history: int = 8) -> None:
+    def __init__(
+        self, preset: str = "fstq", budget: int | None = 65_536, history: int = 8, drawn: bool = False
+    ) -> None:
         if not 1 <= history <= MOST_MESSAGES:
             raise OptionError(f"a history of {history} versions, expected 1 to {MOST_MESSAGES}")
         Compressor.preset(preset, TensorManifest((("any", (1,)),)), bytes(16))  # an unknown preset is named now
         self.preset, self.budget = preset, None if preset == "lossless" else budget
-        self.version = -1
+        self.version, self.drawn = -1, drawn
         self.weights: Arrays = {}
         self.chain: deque[tuple[int, bytes]] = deque(maxlen=history)  # (version that it leads to, message)
         self.held: dict[int, int] = {}  # node -> version that it has said to hold
@@ -104,7 +107,7 @@ class Downlink:
 
     def messages_for(self, node: int) -> tuple[int, bytes | None]:
         """(version that a node holds, messages from there on); (WHOLE, None) where it needs all weights."""
-        since = self.held.get(node, WHOLE)
+        since = self.held.get(node, 0 if self.drawn else WHOLE)
         messages = [blob for version, blob in self.chain if version > since]
         size = sum(len(blob) for blob in messages)
         if since < 0 or since > self.version or since + len(messages) != self.version or size >= self.whole:
@@ -129,6 +132,8 @@ class Downlink:
         """What a node says that it holds; None: nothing that is known."""
         if isinstance(version, int) and 0 <= version <= self.version:
             self.held[node] = version
+        elif self.drawn:
+            self.held[node] = WHOLE
         else:
             self.held.pop(node, None)
 
