@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,7 @@ def _stochastic(delta: Any, manifest: TensorManifest, levels: int, at: Sending) 
     return np.concatenate(parts).astype(np.float32)
 
 
+SWIFT = Method(tiles(2700), "mosaic, A and B but of queries and keys, averaged weights", "AB-vod", 0.3, 1.5, 4, 16000)
 METHODS: dict[str, Method] = {
     "fedavg": Method(composed(preset("lossless")), "LoRA FedAvg, float32"),
     "fedavg-fp16": Method(composed(everything("fp16")), "LoRA FedAvg, float16"),
@@ -117,7 +118,8 @@ METHODS: dict[str, Method] = {
     "mosaic": Method(tiles(2100), "mosaic, B only, 2,100 bytes, server momentum 0.3", "B", 0.3),
     "mosaic-1400": Method(tiles(1400), "mosaic, B only, 1,400 bytes, no momentum", "B"),
     "mosaic-lean": Method(tiles(2100), "mosaic, B but of queries and keys, 2,100 bytes, momentum 0.6", "B-vod", 0.6),
-    "mosaic-swift": Method(tiles(2700), "mosaic, A and B but of queries and keys, averaged", "AB-vod", 0.3, 1.5, 4, 16000),
+    "mosaic-swift": SWIFT,
+    "mosaic-tokens": replace(SWIFT, about="as mosaic-swift, loss of half of the tokens", tokens=0.5),
     "paper-tokens": Method(composed(preset("paper")), "Fed-FSTQ's rule, loss of half of the tokens", tokens=0.5),
     "mosaic-fast": Method(tiles(2400), "mosaic, B but of queries and keys, 2,400 bytes, momentum 0.75", "B-vod", 0.75),
     "mosaic-1500": Method(tiles(1500), "mosaic, B but of queries and keys, 1,500 bytes, momentum 0.5", "B-vod", 0.5),

@@ -17,6 +17,7 @@ from fed_methods import METHODS
 
 IMAGES = RESULTS.parents[1] / "docs" / "images"
 DENSE, OURS, TUNED = "fedavg", ("mosaic",), 0
+DRAWN = 10  # clients of a round, unless a label says otherwise
 SHARES = {"at_60": 0.6, "at_95": 0.95}
 FIGURES = ("rounds", "bytes", "down", "seconds", "joules")
 Run = dict[str, Any]
@@ -50,10 +51,12 @@ def report(folder: Path) -> None:
 
 
 def _label(given: Mapping[str, Any]) -> tuple[str, str]:
-    """(what a run shares with its dense baseline, what went wrong on top)."""
-    base = f"{given['task']}, {given['clients']} clients, {given['drawn']} a round, {given['steps']} steps, "
+    """(what a run shares with its dense baseline, what went wrong on top). Where more drop out, more may be asked."""
     trouble = f", dropout {given['dropout']:g}" * (given["dropout"] != 0.1)
-    return base + given["network"], trouble + f", lost {given['loss']:g}" * (given["loss"] > 0)
+    trouble += f", lost {given['loss']:g}" * (given["loss"] > 0)
+    asked = f", {given['drawn']} asked" * (given["drawn"] != DRAWN)
+    base = f"{given['task']}, {given['clients']} clients, {given['steps']} steps, {given['network']}"
+    return (base, trouble + asked) if trouble else (base + asked, "")
 
 
 def reached(rounds: Sequence[Mapping[str, Any]], loss: float) -> Run | None:

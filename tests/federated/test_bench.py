@@ -49,7 +49,7 @@ def task(bench: Import) -> Any:
 
 
 def setting(bench: Import, method: str, **changed: Any) -> Any:
-    given = {"seed": 0, "rate": 0.01, "rounds": 3, "steps": 2, "batch": 2, "clients": CLIENTS, "drawn": 4}
+    given = {"seed": 0, "rate": 0.01, "rounds": 3, "steps": 2, "batch": 2, "clients": CLIENTS, "drawn": 10}
     return bench("federated").Setting("tiny", method, **{**given, "dropout": 0.2, "loss": 0.2, **changed})
 
 
@@ -143,16 +143,16 @@ def test_a_report_of_runs_so_far(bench: Import, folder: Path, tmp_path: Path, mo
         for method, rate in (("fedavg", 0.01), ("fedavg", 0.001), ("mosaic-lean", 0.01), ("top-k", 0.01)):
             given = setting(bench, method, seed=seed, rate=rate, dropout=0.1, loss=0.0)
             federated.run(model, data, given, runs)
-    federated.run(model, data, setting(bench, "mosaic-lean", dropout=0.1, loss=0.2), runs)
+    federated.run(model, data, setting(bench, "mosaic-lean", dropout=0.7, drawn=5), runs)
     report.report(runs)
     written = json.loads((tmp_path / "federated.json").read_text(encoding="utf-8"))
     rows = {(row["setting"], row["method"], row["tuned_on"]): row for row in written["rows"]}
-    label = "tiny, 5 clients, 4 a round, 2 steps, lte"
+    label = "tiny, 5 clients, 2 steps, lte"
     assert rows[label, "fedavg", False]["seeds"] == [1, 2] and rows[label, "fedavg", True]["seeds"] == [0]
     assert rows[label, "fedavg", True]["rates_tried"] == [0.001, 0.01]
     assert rows[label, "fedavg", True]["at_95"]["uplink_times_smaller"] == 1
     assert set(rows[label, "fedavg", False]["at_60_by_seed"]) == {"1", "2"}
-    assert (f"{label}, lost 0.2", "mosaic-lean", True) in rows
+    assert (f"{label}, dropout 0.7, lost 0.2, 5 asked", "mosaic-lean", True) in rows
     assert any("lost 0.2" in what and "undisturbed" in what for what in written["targets"])
     assert any("seeds 1, 2, uplink times smaller" in what for what in written["targets"])
     assert len(list((tmp_path / "images").glob("*.svg"))) == 2
