@@ -92,6 +92,8 @@ class LoraLlama:
         rows: (n, length) tokens of each. seeds: of their order. mask: (N,) 1 for weights that train. tokens: running
         scores that say whose loss counts; they are moved on.
         """
+        if not rows:
+            return np.zeros((0, len(start)), np.float32), np.zeros((0, len(start)), np.float32)
         weights = start.repeat(len(rows), 1).requires_grad_()
         first, second, fisher = (torch.zeros_like(weights, requires_grad=False) for _ in range(3))
         orders = [_order(len(mine), work, seed) for mine, seed in zip(rows, seeds, strict=True)]

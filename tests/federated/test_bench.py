@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -100,6 +101,17 @@ def test_a_run_that_was_cut_off_ends_the_same(bench: Import, folder: Path, tmp_p
     assert again == whole and len(whole) == 4
     assert whole[-1]["bytes"] > 0 and whole[-1]["seconds"] > 0 and whole[-1]["loss"] != whole[0]["loss"]
     assert federated.run(model, data, setting(bench, method), tmp_path / "cut") == whole  # nothing is left to do
+
+
+def test_rounds_in_which_all_clients_drop_out(bench: Import, folder: Path, tmp_path: Path) -> None:
+    federated = bench("federated")
+    model, given = federated.LoraLlama(folder), setting(bench, "mosaic-swift", rounds=6, dropout=0.85, loss=0.0)
+    rounds = federated.run(model, task(bench), given, tmp_path)
+    used = [one["used"] for one in rounds]
+    assert 0 in used[1:] and any(used)
+    for before, after in itertools.pairwise(rounds):
+        if not after["used"]:
+            assert after["loss"] == before["loss"] and after["bytes"] == before["bytes"]
 
 
 def test_a_damaged_run_begins_anew(bench: Import, folder: Path, tmp_path: Path, capsys: Any) -> None:
