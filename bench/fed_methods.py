@@ -116,12 +116,8 @@ METHODS: dict[str, Method] = {
     "paper": Method(composed(preset("paper")), "Fed-FSTQ's rule (arXiv 2604.25421)"),
     "fstq": Method(composed(preset("fstq"), budget=1400), "Fisher, water-filling, error feedback; 1,400 bytes"),
     "mosaic": Method(tiles(2100), "mosaic, B only, 2,100 bytes, server momentum 0.3", "B", 0.3),
-    "mosaic-1400": Method(tiles(1400), "mosaic, B only, 1,400 bytes, no momentum", "B"),
     "mosaic-lean": Method(tiles(2100), "mosaic, B but of queries and keys, 2,100 bytes, momentum 0.6", "B-vod", 0.6),
     "mosaic-swift": SWIFT,
     "mosaic-tokens": replace(SWIFT, about="as mosaic-swift, loss of half of the tokens", tokens=0.5),
     "paper-tokens": Method(composed(preset("paper")), "Fed-FSTQ's rule, loss of half of the tokens", tokens=0.5),
-    "mosaic-fast": Method(tiles(2400), "mosaic, B but of queries and keys, 2,400 bytes, momentum 0.75", "B-vod", 0.75),
-    "mosaic-1500": Method(tiles(1500), "mosaic, B but of queries and keys, 1,500 bytes, momentum 0.5", "B-vod", 0.5),
-    "mosaic-ab": Method(tiles(2100), "mosaic, A and B, 2,100 bytes, server momentum 0.5", "AB", 0.5),
 }  # fmt: skip
