@@ -38,7 +38,8 @@ Codec = Callable[[Any, Sending], tuple[bytes, Part, State]]  # (N,) delta -> mes
 class Method:
     """A row of the comparison. parts: which factors are trained and sent. momentum, server: FedAvgM's momentum and
     learning rate. average: of the weights that are delivered, see Server. downlink: bytes of a message of the server,
-    0 for float32 weights. tokens: share of tokens whose loss counts. about: what it stands for.
+    0 for float32 weights. tokens: share of tokens whose loss counts. senders: see mosaic.complete. about: what it
+    stands for.
     """
 
     codec: Codec
@@ -49,6 +50,7 @@ class Method:
     average: float = 0.0
     downlink: int = 0
     tokens: float = 1.0
+    senders: int | None = None
 
 
 def composed(make: Callable[[TensorManifest], Compressor], budget: int | None = None, noise: int = 0) -> Codec:
@@ -118,6 +120,7 @@ METHODS: dict[str, Method] = {
     "mosaic": Method(tiles(2100), "mosaic, B only, 2,100 bytes, server momentum 0.3", "B", 0.3),
     "mosaic-lean": Method(tiles(2100), "mosaic, B but of queries and keys, 2,100 bytes, momentum 0.6", "B-vod", 0.6),
     "mosaic-swift": SWIFT,
+    "mosaic-steady": replace(SWIFT, about="as mosaic-swift, server rate 1 for 9 senders", server=1.0, senders=9),
     "mosaic-tokens": replace(SWIFT, about="as mosaic-swift, loss of half of the tokens", tokens=0.5),
     "paper-tokens": Method(composed(preset("paper")), "Fed-FSTQ's rule, loss of half of the tokens", tokens=0.5),
 }  # fmt: skip

@@ -13,6 +13,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch are loaded
 
 import argparse
+import logging
 import resource
 import tempfile
 import time
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--drawn", default="5,10,20,40")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(given.clients, int(drawn), given.rounds, Path(folder)) for drawn in given.drawn.split(",")]
     drawn, seconds = (np.array([row[key] for row in rows], float) for key in ("drawn", "cpu_seconds_of_a_round"))

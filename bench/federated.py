@@ -112,7 +112,8 @@ def run(model: LoraLlama, task: Task, setting: Setting, folder: Path) -> list[di
             clients.save(client, state, score, number)
         passed = network.round(number, work)
         if parts:
-            server.step(np.mean(complete(parts, len(places)), axis=0, dtype=np.float64), method.momentum, method.server)
+            held = complete(parts, len(places), method.senders)
+            server.step(np.mean(held, axis=0, dtype=np.float64), method.momentum, method.server)
         loss = model.evaluate(server.delivered(), task.held_out)
         _note(server.rounds, loss, passed, work, len(parts))
         files.save(server, vars(setting))

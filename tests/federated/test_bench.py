@@ -152,10 +152,10 @@ def test_a_report_of_runs_so_far(bench: Import, folder: Path, tmp_path: Path, mo
     monkeypatch.setattr(report, "IMAGES", tmp_path / "images")
     model, data, runs = federated.LoraLlama(folder), task(bench), tmp_path / "runs"
     for seed in range(3):
-        for method, rate in (("fedavg", 0.01), ("fedavg", 0.001), ("mosaic-lean", 0.01), ("top-k", 0.01)):
+        for method, rate in (("fedavg", 0.01), ("fedavg", 0.001), ("mosaic-swift", 0.01), ("top-k", 0.01)):
             given = setting(bench, method, seed=seed, rate=rate, dropout=0.1, loss=0.0)
             federated.run(model, data, given, runs)
-    federated.run(model, data, setting(bench, "mosaic-lean", dropout=0.7, drawn=5), runs)
+    federated.run(model, data, setting(bench, "mosaic-swift", dropout=0.7, drawn=5), runs)
     report.report(runs)
     written = json.loads((tmp_path / "federated.json").read_text(encoding="utf-8"))
     rows = {(row["setting"], row["method"], row["tuned_on"]): row for row in written["rows"]}
@@ -164,7 +164,7 @@ def test_a_report_of_runs_so_far(bench: Import, folder: Path, tmp_path: Path, mo
     assert rows[label, "fedavg", True]["rates_tried"] == [0.001, 0.01]
     assert rows[label, "fedavg", True]["at_95"]["uplink_times_smaller"] == 1
     assert set(rows[label, "fedavg", False]["at_60_by_seed"]) == {"1", "2"}
-    assert (f"{label}, dropout 0.7, lost 0.2, 5 asked", "mosaic-lean", True) in rows
+    assert (f"{label}, dropout 0.7, lost 0.2, 5 asked", "mosaic-swift", True) in rows
     assert any("lost 0.2" in what and "undisturbed" in what for what in written["targets"])
     assert any("seeds 1, 2, uplink times smaller" in what for what in written["targets"])
     assert len(list((tmp_path / "images").glob("*.svg"))) == 2

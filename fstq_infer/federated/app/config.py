@@ -77,7 +77,8 @@ class Tokens:
 @dataclass(frozen=True, slots=True)
 class Messages:
     """preset: of compress.PRESETS. Uplink budgets: ``bytes`` for all alike, or what ``seconds`` carry at a client's
-    reported bytes per second (``assumed`` where it has reported none), from ``lowest`` to ``highest``. downlink: whole
+    reported bytes per second (``assumed`` where it has reported none), from ``lowest`` to ``highest``. senders: with
+    fewer mosaic messages in a round its step is smaller. downlink: whole
     weights, or by a preset what has changed since those that a client holds, in ``downlink_bytes`` but for lossless;
     a client that has missed more than ``downlink_history`` changes gets whole weights. downlink_start: first
     weights are ``sent``, or ``drawn`` by each client from [model] seed as the server does it."""
@@ -89,6 +90,7 @@ class Messages:
     lowest: int = number(1_024, least=256)
     highest: int = number(1 << 24, least=256)
     max_norm: float | None = number(None, above=0)
+    senders: int | None = number(None, least=1)
     downlink: str = choice("full", DOWNLINKS)
     downlink_bytes: int = number(65_536, least=256)
     downlink_history: int = number(8, least=1, most=1024)

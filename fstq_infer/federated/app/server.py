@@ -37,6 +37,7 @@ def strategy_of(config: Config, base: bytes) -> FstqStrategy:
         uniform=private,
         least=config.privacy.clients or 0 if private else 0,
         downlink=downlink_of(config),
+        senders=config.messages.senders,
     )
 
 
