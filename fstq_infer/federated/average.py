@@ -14,7 +14,7 @@ from fstq_infer.federated.flower import Array, ArrayRecord
 
 
 def share(round: int, exponent: float) -> float:
-    """What the weights of a round count in the mean (Shamir and Zhang, arXiv 1212.1824, section 4): 1 in round 1.
+    """What the weights of a round count in the mean (Shamir and Zhang, arXiv 1212.1824): 1 in round 1.
 
     exponent: 0 for the plain mean of all rounds; with 4 the last quarter or so of them counts.
     """
