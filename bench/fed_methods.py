@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,9 @@ Codec = Callable[[Any, Sending], tuple[bytes, Part, State]]  # (N,) delta -> mes
 @dataclass(frozen=True)
 class Method:
     """A row of the comparison. parts: which factors are trained and sent. momentum, server: FedAvgM's momentum and
-    learning rate. budget: bytes of a message, where the codec keeps to one. about: what it stands for.
+    learning rate. average: of the weights that are delivered, see Server. downlink: bytes of a message of the server,
+    0 for float32 weights. tokens: share of tokens whose loss counts. senders: see mosaic.complete. about: what it
+    stands for.
     """
 
     codec: Codec
@@ -45,6 +47,10 @@ class Method:
     parts: str = "AB"
     momentum: float = 0.0
     server: float = 1.0
+    average: float = 0.0
+    downlink: int = 0
+    tokens: float = 1.0
+    senders: int | None = None
 
 
 def composed(make: Callable[[TensorManifest], Compressor], budget: int | None = None, noise: int = 0) -> Codec:
@@ -96,10 +102,12 @@ def _stochastic(delta: Any, manifest: TensorManifest, levels: int, at: Sending) 
     return np.concatenate(parts).astype(np.float32)
 
 
+SWIFT = Method(tiles(2700), "mosaic, A and B but of queries and keys, averaged weights", "AB-vod", 0.3, 1.5, 4, 16000)
 METHODS: dict[str, Method] = {
     "fedavg": Method(composed(preset("lossless")), "LoRA FedAvg, float32"),
     "fedavg-fp16": Method(composed(everything("fp16")), "LoRA FedAvg, float16"),
     "fedavg-momentum": Method(composed(preset("lossless")), "float32 with server momentum (FedAvgM)", "AB", 0.7, 0.5),
+    "fedavg-averaged": Method(composed(preset("lossless")), "float32, averaged weights delivered", average=4),
     "ffa": Method(composed(preset("lossless")), "FFA-LoRA (arXiv 2403.12313): B only, float32", "B"),
     "fedpaq": Method(composed(everything("uniform8"), noise=127), "FedPAQ (arXiv 1909.13014): 8 bits, stochastic"),
     "qsgd4": Method(composed(everything("uniform4"), noise=7), "QSGD (arXiv 1610.02132): 4 bits, stochastic"),
@@ -110,9 +118,9 @@ METHODS: dict[str, Method] = {
     "paper": Method(composed(preset("paper")), "Fed-FSTQ's rule (arXiv 2604.25421)"),
     "fstq": Method(composed(preset("fstq"), budget=1400), "Fisher, water-filling, error feedback; 1,400 bytes"),
     "mosaic": Method(tiles(2100), "mosaic, B only, 2,100 bytes, server momentum 0.3", "B", 0.3),
-    "mosaic-1400": Method(tiles(1400), "mosaic, B only, 1,400 bytes, no momentum", "B"),
     "mosaic-lean": Method(tiles(2100), "mosaic, B but of queries and keys, 2,100 bytes, momentum 0.6", "B-vod", 0.6),
-    "mosaic-fast": Method(tiles(2400), "mosaic, B but of queries and keys, 2,400 bytes, momentum 0.75", "B-vod", 0.75),
-    "mosaic-1500": Method(tiles(1500), "mosaic, B but of queries and keys, 1,500 bytes, momentum 0.5", "B-vod", 0.5),
-    "mosaic-ab": Method(tiles(2100), "mosaic, A and B, 2,100 bytes, server momentum 0.5", "AB", 0.5),
+    "mosaic-swift": SWIFT,
+    "mosaic-steady": replace(SWIFT, about="as mosaic-swift, server rate 1 for 9 senders", server=1.0, senders=9),
+    "mosaic-tokens": replace(SWIFT, about="as mosaic-swift, loss of half of the tokens", tokens=0.5),
+    "paper-tokens": Method(composed(preset("paper")), "Fed-FSTQ's rule, loss of half of the tokens", tokens=0.5),
 }  # fmt: skip

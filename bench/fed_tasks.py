@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from fstq_infer.federated.data import Row, Rows, partition, read
 
 LENGTH = 65  # tokens of a row: 64 to predict
-PER_GROUP, HELD = 400, 126  # training rows of a group at most; held-out rows of all groups together
-LEAST = 8  # rows of a client; smaller ones are left out
+PER_GROUP, HELD = 400, 126  # training rows of a group for 20 clients at most; held-out rows of all groups together
+LEAST = 8  # rows of a client; smaller ones are left out, where there are 20 clients
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ def load(name: str, clients: int, seed: int) -> Task:
     for _, found in sorted(by_group.items()):
         share = HELD // len(by_group)
         held += [tokens for _, tokens in found[:share]]
-        kept += found[share : share + PER_GROUP]
+        kept += found[share : share + PER_GROUP * max(clients // 20, 1)]
     parts = partition([row for row, _ in kept], clients, how, seed)
     tokens = torch.tensor([tokens for _, tokens in kept])
-    return Task([tokens[part] for part in parts if len(part) >= LEAST], torch.tensor(held))
+    least = LEAST if clients <= 20 else 1
+    return Task([tokens[part] for part in parts if len(part) >= least], torch.tensor(held))
 
 
 def _medquad() -> Rows:

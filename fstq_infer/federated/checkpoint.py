@@ -23,22 +23,25 @@ VERSION = 1
 SCALARS = ("clipping_norm",)  # numbers that strategies change from round to round
 HISTORIES = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
 DOWNLINK = "downlink"  # kind of the arrays of a Downlink
-MODEL = -1  # level of the model's arrays; the strategies' are 0, 1, ... from the outermost one
+MODEL, MEAN = -1, -2  # levels of the model's arrays and of their mean; the strategies' are 0, 1, ... from the outermost
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a federation stands: the last round that was finished, the weights after it, and all results."""
+    """Where a federation stands: the last round that was finished, the weights after it, all results, and the mean of
+    the weights where one is kept."""
 
     round: int
     arrays: Any
     result: Any
+    mean: Any = None
 
 
 def save(path: Path, strategy: Any, progress: Progress, seed: int) -> None:
     """Replace the checkpoint. Raises StateError where it cannot be written or would not hold all."""
     chain = _chain(strategy)
     entries = [(MODEL, "model", "record", name, array.numpy()) for name, array in progress.arrays.items()]
+    entries += [(MEAN, "mean", "record", name, array.numpy()) for name, array in (progress.mean or {}).items()]
     scalars = list[tuple[int, str, float]]()
     for level, part in enumerate(chain):
         if getattr(part, "accountant", None) is not None:
@@ -78,14 +81,17 @@ def load(path: Path, strategy: Any, seed: int) -> Progress:
             )
     try:
         _restore(chain, arrays, facts)
-        model = {key: Array(arrays[str(number)]) for number, (level, _, _, key) in enumerate(facts["entries"])
-                 if level == MODEL}  # fmt: skip
+        model, mean = (
+            ArrayRecord({key: Array(arrays[str(number)]) for number, (level, _, _, key) in enumerate(facts["entries"])
+                         if level == wanted})
+            for wanted in (MODEL, MEAN)
+        )  # fmt: skip
         result = Result()
         for name in HISTORIES:
             history = {int(round): MetricRecord(metrics) for round, metrics in facts["results"][name].items()}
             setattr(result, name, history)
-        result.arrays = ArrayRecord(model)
-        return Progress(int(facts["round"]), ArrayRecord(model), result)
+        result.arrays = mean or model
+        return Progress(int(facts["round"]), model, result, mean or None)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, StateError):
             raise
@@ -113,7 +119,7 @@ def _arrays_in(value: Any) -> Iterator[tuple[str, str, Any]]:
 def _restore(chain: list[Any], arrays: dict[str, Any], facts: dict[str, Any]) -> None:
     found: dict[tuple[int, str], tuple[str, list[tuple[str, Any]]]] = {}
     for number, (level, name, kind, key) in enumerate(facts["entries"]):
-        if level != MODEL:
+        if level >= 0:
             found.setdefault((level, name), (kind, []))[1].append((key, arrays[str(number)]))
     for (level, name), (kind, items) in found.items():
         if kind == DOWNLINK:

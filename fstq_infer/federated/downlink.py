@@ -66,15 +66,18 @@ class Downlink:
     """The server's side, for FstqStrategy(downlink=...).
 
     preset: of compress.PRESETS. budget: bytes of a message, None for as many as it takes. history: versions that a
-    client may have missed and still be served by messages.
+    client may have missed and still be served by messages. drawn: clients make the first weights themselves
+    (DownlinkMod's start), so they are sent only to one that could not.
     """
 
-    def __init__(self, preset: str = "fstq", budget: int | None = 65_536, history: int = 8) -> None:
+    def __init__(
+        self, preset: str = "fstq", budget: int | None = 65_536, history: int = 8, drawn: bool = False
+    ) -> None:
         if not 1 <= history <= MOST_MESSAGES:
             raise OptionError(f"a history of {history} versions, expected 1 to {MOST_MESSAGES}")
         Compressor.preset(preset, TensorManifest((("any", (1,)),)), bytes(16))  # an unknown preset is named now
         self.preset, self.budget = preset, None if preset == "lossless" else budget
-        self.version = -1
+        self.version, self.drawn = -1, drawn
         self.weights: Arrays = {}
         self.chain: deque[tuple[int, bytes]] = deque(maxlen=history)  # (version that it leads to, message)
         self.held: dict[int, int] = {}  # node -> version that it has said to hold
@@ -102,21 +105,35 @@ class Downlink:
         self.version, self._target = self.version + 1, target
         self._crc = checksum(self.weights)
 
-    def content_for(self, node: int, content: Any, run: str) -> tuple[Any, int]:
-        """(request for one node, bytes of its weights): messages since what it holds, or all weights."""
-        whole = sum(array.nbytes for array in self.weights.values())
-        since = self.held.get(node, WHOLE)
+    def messages_for(self, node: int) -> tuple[int, bytes | None]:
+        """(version that a node holds, messages from there on); (WHOLE, None) where it needs all weights."""
+        since = self.held.get(node, 0 if self.drawn else WHOLE)
         messages = [blob for version, blob in self.chain if version > since]
         size = sum(len(blob) for blob in messages)
-        if since < 0 or since > self.version or since + len(messages) != self.version or size >= whole:
+        if since < 0 or since > self.version or since + len(messages) != self.version or size >= self.whole:
+            return WHOLE, None
+        return since, b"".join(messages)
+
+    @property
+    def whole(self) -> int:
+        """Bytes of all weights."""
+        return sum(array.nbytes for array in self.weights.values())
+
+    def content_for(self, node: int, content: Any, run: str) -> tuple[Any, int]:
+        """(request for one node, bytes of its weights): messages since what it holds, or all weights."""
+        since, messages = self.messages_for(node)
+        broadcast = Broadcast(run, self.version, since, self._crc)
+        if messages is None:
             arrays = ArrayRecord({name: Array(values) for name, values in self.weights.items()})
-            return Broadcast(run, self.version, WHOLE, self._crc).into(content, arrays), whole
-        return Broadcast(run, self.version, since, self._crc).into(content, pack(b"".join(messages))), size
+            return broadcast.into(content, arrays), self.whole
+        return broadcast.into(content, pack(messages)), len(messages)
 
     def heard(self, node: int, version: Any) -> None:
         """What a node says that it holds; None: nothing that is known."""
         if isinstance(version, int) and 0 <= version <= self.version:
             self.held[node] = version
+        elif self.drawn:
+            self.held[node] = WHOLE
         else:
             self.held.pop(node, None)
 

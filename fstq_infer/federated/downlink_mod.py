@@ -28,12 +28,14 @@ class DownlinkMod:
     """A mod for training and evaluation, before all others. Arguments are those of FstqMod.
 
     Weights lie in ``memory`` as float32, two versions for each client. A client that cannot make the weights from what
-    it holds answers with an error, and gets them whole next time.
+    it holds answers with an error, and gets them whole next time. start: makes the weights that the federation begins
+    with, under the server's names and in their order, for a server whose Downlink is ``drawn``.
     """
 
     base: bytes
     memory: str | Path
     client: str | None = None
+    start: Callable[[], Arrays] | None = None
 
     def __post_init__(self) -> None:
         if len(self.base) != HASH_BYTES:
@@ -79,6 +81,8 @@ class DownlinkMod:
 
     def _from_messages(self, blob: bytes, broadcast: Broadcast, client: str) -> Arrays:
         held = sorted(self._held(client, broadcast.run), key=lambda item: item[0], reverse=True)
+        if self.start is not None and broadcast.since == 0:
+            held.append((0, self.start()))
         for version, weights in held:
             if (found := apply(weights, version, blob, broadcast, self.base)) is not None:
                 return found

@@ -107,8 +107,13 @@ def decompress(blob: bytes, manifest: TensorManifest, base: bytes, tile: Tile) -
     return indices, messages.dense(messages.decode(blob, mine, base, tile.round), mine)
 
 
-def complete(parts: Sequence[Part], total: int) -> list[Floats]:
-    """(total,) deltas of all clients: where one did not send, the weighted mean of those who did, or else 0."""
+def complete(parts: Sequence[Part], total: int, senders: int | None = None) -> list[Floats]:
+    """(total,) deltas of all clients: where one did not send, the weighted mean of those who did, or else 0.
+
+    senders: the number of clients that the server's step was chosen for. Fewer leave more noise in the mean, so all
+    deltas shrink as if those that are absent had sent zeros; None: they never do.
+    """
+    step = np.float32(1.0 if senders is None else min(1.0, len(parts) / senders))
     sums, weights = np.zeros(total), np.zeros(total)
     for part in parts:
         where: Any = slice(None) if part.indices is None else part.indices
@@ -119,7 +124,7 @@ def complete(parts: Sequence[Part], total: int) -> list[Floats]:
     for part in parts:
         whole = mean.copy()
         whole[slice(None) if part.indices is None else part.indices] = part.values
-        found.append(whole)
+        found.append(step * whole)
     return found
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fstq_infer.errors import OptionError, StateError
+from fstq_infer.federated import average as averages
 from fstq_infer.federated import checkpoint as checkpoints
 from fstq_infer.federated.checkpoint import Progress
 from fstq_infer.federated.collect import collect
@@ -28,7 +29,9 @@ Evaluate = Callable[[int, Any], Any]  # (round, arrays) -> MetricRecord or None
 class Rounds:
     """rounds: the last one. seed: of the draw of clients. timeout: seconds for the replies of a round. enough: good
     replies to training after which a round goes on, None for all. checkpoint: file written after every round. resume:
-    go on after it, or begin where there is none yet; without it an existing file is not replaced.
+    go on after it, or begin where there is none yet; without it an existing file is not replaced. average: deliver a
+    running mean of the weights with this exponent (average.py) in place of the last ones; clients still train, and
+    evaluate, on the last ones. None: the last weights.
     """
 
     rounds: int
@@ -37,11 +40,16 @@ class Rounds:
     enough: int | None = None
     checkpoint: Path | None = None
     resume: bool = False
+    average: float | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.timeout <= 0 or (self.enough is not None and self.enough < 1):
             raise OptionError(
                 f"rounds {self.rounds}, timeout {self.timeout}, enough {self.enough}: expected numbers above 0"
+            )
+        if self.average is not None and not 0 <= self.average < float("inf"):
+            raise OptionError(
+                f"the exponent of the average is {self.average}, expected 0 or more, or None for no average"
             )
         if self.resume and self.checkpoint is None:
             raise OptionError("resume needs the checkpoint to go on from. Name its file.")
@@ -49,7 +57,8 @@ class Rounds:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One round that is over. train, evaluated: metrics, None for none. asked, replied: clients that trained."""
+    """One round that is over. arrays: those delivered. train, evaluated: metrics, None for none. asked, replied:
+    clients that trained."""
 
     round: int
     arrays: Any
@@ -96,13 +105,17 @@ def federate(
         evaluated = strategy.aggregate_evaluate(number, collect(grid, requests, settings.timeout))
         if evaluated is not None:
             result.evaluate_metrics_clientapp[number] = evaluated
-        if evaluate_fn is not None and (central := evaluate_fn(number, current)) is not None:
+        mean = progress.mean
+        if settings.average is not None:
+            mean = averages.moved(mean, current, number, settings.average)
+        delivered = current if mean is None else mean
+        if evaluate_fn is not None and (central := evaluate_fn(number, delivered)) is not None:
             result.evaluate_metrics_serverapp[number] = central
-        result.arrays = current
+        result.arrays = delivered
         if on_round is not None:
             seconds = time.monotonic() - began
-            on_round(Report(number, current, metrics, evaluated, asked, len(replies), seconds))
-        progress = Progress(number, current, result)
+            on_round(Report(number, delivered, metrics, evaluated, asked, len(replies), seconds))
+        progress = Progress(number, current, result, mean)
         if settings.checkpoint is not None:
             checkpoints.save(settings.checkpoint, strategy, progress, settings.seed)
     return progress.result
@@ -114,6 +127,9 @@ def _start(strategy: Any, arrays: Any, settings: Rounds, evaluate_fn: Evaluate |
         if not settings.resume:
             raise StateError(f"{path} exists already. Resume from it, or remove it to begin anew.")
         progress = checkpoints.load(path, strategy, settings.seed)
+        if (progress.mean is None) != (settings.average is None):
+            said = "last weights" if progress.mean is None else "a mean of weights"
+            raise StateError(f"{path} was written by a server that delivers {said}. Start it as it was started before.")
         log.info("going on after round %d", progress.round)
         return progress
     result = Result()

@@ -41,7 +41,8 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
     max_norm: an update with a larger Euclidean norm is refused; None for no limit. uniform: weigh all clients alike,
     whatever they report. least: a round with fewer good replies changes nothing. Noise of a privacy wrapper is made for
     the mean of so many equal parts, so it needs both. downlink: send changes to clients that run DownlinkMod, in place
-    of all weights; updates are then against what clients hold, and are added to the server's own weights.
+    of all weights; updates are then against what clients hold, and are added to the server's own weights. senders: of
+    mosaic messages, for which the inner strategy's learning rate was chosen: with fewer a round's step is smaller.
 
     A reply that is stale, damaged, hostile or for another model is left out and counted, by kind of error, in the
     round's metrics: ``fstq-used``, ``fstq-refused``, ``fstq-refused-KIND``, ``fstq-bytes`` (of all messages that came).
@@ -57,10 +58,13 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         uniform: bool = False,
         least: int = 0,
         downlink: Downlink | None = None,
+        senders: int | None = None,
     ) -> None:
         if len(base) != HASH_BYTES:
             raise OptionError(f"the base model's identity has {len(base)} bytes, expected {HASH_BYTES}")
-        self.inner, self.base = inner, base
+        if senders is not None and senders < 1:
+            raise OptionError(f"senders is {senders}, expected 1 or more, or None for steps that do not shrink")
+        self.inner, self.base, self.senders = inner, base, senders
         self.budgets: Budgets = budgets or UplinkBudgets()
         self.run = run or secrets.token_hex(8)
         self.max_norm, self.uniform, self.least, self.downlink = max_norm, uniform, least, downlink
@@ -224,7 +228,7 @@ class FstqStrategy(Strategy):  # type: ignore[misc]  # Flower is not type-checke
         if self._manifest is None or all(part.indices is None for part in parts):
             return used
         good = list[Any]()
-        for reply, whole in zip(used, mosaic.complete(parts, self._manifest.parameters), strict=True):
+        for reply, whole in zip(used, mosaic.complete(parts, self._manifest.parameters, self.senders), strict=True):
             try:
                 arrays = self._absolute(whole, self._manifest)
             except FstqError as error:

@@ -123,6 +123,38 @@ def test_a_client_that_lost_its_memory_costs_one_round(tmp_path: Path) -> None:
     assert used == [6, 6, 5, 6] and strategy.refused == {"ClientError": 1}
 
 
+def test_first_weights_that_clients_draw_are_sent_only_to_one_that_cannot(tmp_path: Path) -> None:
+    """Node 2 draws others: it is refused once and then gets all weights."""
+
+    def app(message: Any, context: Any) -> Any:
+        seed = 1 if context.node_id == 2 else 0
+        mod = DownlinkMod(BASE, tmp_path, start=lambda: weights(seed))
+        return mod(message, context, make_app([FstqMod(BASE, tmp_path, "lossless")], exact=False))
+
+    strategy = FstqStrategy(FedAvg(), BASE, SameBudget(0), run="run", downlink=Downlink("fstq", 900, drawn=True))
+    sent = list[int]()
+    result = federate(
+        strategy, LocalGrid(app, 6), record(weights()), Rounds(2), on_round=lambda report: sent.append(strategy.sent)
+    )
+    assert [int(metrics["fstq-used"]) for metrics in result.train_metrics_clientapp.values()] == [5, 6]
+    change = len(strategy.downlink.chain[0][1]) if strategy.downlink else 0
+    assert sent[0] == 5 * change + WHOLE_BYTES and strategy.refused == {"ClientError": 1}
+    assert set(strategy.downlink.held.values() if strategy.downlink else ()) == {2}
+
+
+def test_a_drawn_start_ends_as_a_sent_one(tmp_path: Path) -> None:
+    _, sent = run(tmp_path / "sent", Downlink("fstq", 900))
+
+    def app(message: Any, context: Any) -> Any:
+        mod = DownlinkMod(BASE, tmp_path / "drawn", start=weights)
+        return mod(message, context, make_app([FstqMod(BASE, tmp_path / "drawn", "lossless")], exact=False))
+
+    strategy = FstqStrategy(FedAvg(), BASE, SameBudget(0), run="run", downlink=Downlink("fstq", 900, drawn=True))
+    drawn = federate(strategy, LocalGrid(app, 6), record(weights()), Rounds(5))
+    for name, values in arrays_in(sent.arrays).items():
+        assert values.tobytes() == drawn.arrays[name].numpy().tobytes()
+
+
 def test_lost_replies_are_no_matter(tmp_path: Path) -> None:
     lost = {3: 2, 4: 1}
 

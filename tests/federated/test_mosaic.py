@@ -106,6 +106,16 @@ def test_completion_by_hand() -> None:
     np.testing.assert_array_equal(alone, [1, 2, 0])
 
 
+@pytest.mark.parametrize(("senders", "step"), [(None, 1), (1, 1), (2, 1), (4, 0.5), (20, 0.1)])
+def test_fewer_senders_than_the_step_was_chosen_for_make_it_smaller(senders: int | None, step: float) -> None:
+    parts = [
+        Part(np.array([1, 2], np.float32), np.array([0, 1]), 1.0),
+        Part(np.array([4], np.float32), np.array([2]), 3.0),
+    ]
+    for whole, found in zip(complete(parts, 4), complete(parts, 4, senders), strict=True):
+        np.testing.assert_allclose(found, step * whole, rtol=1e-6)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 6), st.floats(0.05, 1), st.integers(0, 99))
 def test_the_mean_of_completed_deltas_is_that_of_the_senders(clients: int, share: float, seed: int) -> None:
@@ -157,6 +167,27 @@ def test_rounds_of_flower(tmp_path: Path) -> None:
     private = FstqStrategy(DifferentialPrivacyServerSideFixedClipping(FedAvg(), 0.0, 1.0, 8), BASE, SameBudget(400))
     refused = private.start(make_grid(tmp_path, "mosaic", clients=8), record(weights()), 1)
     assert refused.train_metrics_clientapp[1]["fstq-refused-PrivacyOrderError"] == 8
+
+
+def test_a_round_of_flower_with_fewer_senders_moves_less(tmp_path: Path) -> None:
+    pytest.importorskip("flwr", reason="the strategy needs the 'federated' extra")
+    from flwr.serverapp.strategy import FedAvg
+
+    from fstq_infer.federated.budget import SameBudget
+    from fstq_infer.federated.strategy import FstqStrategy
+
+    from .flower_apps import arrays_in, make_grid, record, weights
+
+    moved = list[Any]()
+    for senders in (None, 8, 32):
+        strategy = FstqStrategy(FedAvg(), BASE, SameBudget(400), run="run", senders=senders)
+        result = strategy.start(make_grid(tmp_path, "mosaic", clients=8), record(weights()), 1)
+        moved.append({name: new - weights()[name] for name, new in arrays_in(result.arrays).items()})
+    for name, change in moved[0].items():
+        np.testing.assert_allclose(moved[1][name], change, atol=1e-7)
+        np.testing.assert_allclose(moved[2][name], change / 4, atol=1e-6)
+    with pytest.raises(OptionError, match="senders"):
+        FstqStrategy(FedAvg(), BASE, senders=0)
 
 
 def test_filling_in_never_ends_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

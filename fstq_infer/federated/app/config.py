@@ -77,9 +77,11 @@ class Tokens:
 @dataclass(frozen=True, slots=True)
 class Messages:
     """preset: of compress.PRESETS. Uplink budgets: ``bytes`` for all alike, or what ``seconds`` carry at a client's
-    reported bytes per second (``assumed`` where it has reported none), from ``lowest`` to ``highest``. downlink: whole
+    reported bytes per second (``assumed`` where it has reported none), from ``lowest`` to ``highest``. senders: with
+    fewer mosaic messages in a round its step is smaller. downlink: whole
     weights, or by a preset what has changed since those that a client holds, in ``downlink_bytes`` but for lossless;
-    a client that has missed more than ``downlink_history`` changes gets whole weights."""
+    a client that has missed more than ``downlink_history`` changes gets whole weights. downlink_start: first
+    weights are ``sent``, or ``drawn`` by each client from [model] seed as the server does it."""
 
     preset: str = choice("fstq", PRESETS)
     bytes: int | None = number(None, least=256)
@@ -88,21 +90,25 @@ class Messages:
     lowest: int = number(1_024, least=256)
     highest: int = number(1 << 24, least=256)
     max_norm: float | None = number(None, above=0)
+    senders: int | None = number(None, least=1)
     downlink: str = choice("full", DOWNLINKS)
     downlink_bytes: int = number(65_536, least=256)
     downlink_history: int = number(8, least=1, most=1024)
+    downlink_start: str = choice("sent", ("sent", "drawn"))
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
     """strategy: name of one of Flower's; the table [strategy] holds its arguments. enough: good replies after which a
-    round goes on. timeout: seconds after which it goes on whatever has come."""
+    round goes on. timeout: seconds after which it goes on whatever has come. average: exponent of a running mean of the
+    weights that is saved in place of the last ones."""
 
     strategy: str = "FedAvg"
     rounds: int = number(10, least=1)
     seed: int = number(0, least=0)
     enough: int | None = number(None, least=1)
     timeout: float = number(3600.0, above=0)
+    average: float | None = number(None, least=0)
     resume: bool = False
 
 

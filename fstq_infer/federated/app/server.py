@@ -37,6 +37,7 @@ def strategy_of(config: Config, base: bytes) -> FstqStrategy:
         uniform=private,
         least=config.privacy.clients or 0 if private else 0,
         downlink=downlink_of(config),
+        senders=config.messages.senders,
     )
 
 
@@ -45,7 +46,8 @@ def downlink_of(config: Config) -> Downlink | None:
     messages = config.messages
     if messages.downlink == "full":
         return None
-    return Downlink(messages.downlink, messages.downlink_bytes, messages.downlink_history)
+    drawn = messages.downlink_start == "drawn"
+    return Downlink(messages.downlink, messages.downlink_bytes, messages.downlink_history, drawn)
 
 
 def budgets_of(config: Config) -> Budgets:
@@ -66,8 +68,9 @@ def serve(site: Site, grid: Any, resume: bool = False, progress: Progress | None
     strategy = strategy_of(config, trainer.identity)
     server = config.server
     rounds = Rounds(
-        server.rounds, server.seed, server.timeout, server.enough, folder / CHECKPOINT, resume or server.resume
-    )
+        server.rounds, server.seed, server.timeout, server.enough, folder / CHECKPOINT, resume or server.resume,
+        server.average,
+    )  # fmt: skip
     sinks = open_sinks(folder, config.output.sinks, config.output.project, config.flat())
     used = list[int]()
 

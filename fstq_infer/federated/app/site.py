@@ -16,6 +16,7 @@ from fstq_infer.federated.app.config import Config
 from fstq_infer.federated.app.text import Texts
 from fstq_infer.federated.compress import PRESETS
 from fstq_infer.federated.data import partition, read
+from fstq_infer.federated.downlink import Arrays
 from fstq_infer.federated.downlink_mod import DownlinkMod
 from fstq_infer.federated.mod import FstqMod
 from fstq_infer.federated.order import check_mods
@@ -33,6 +34,7 @@ class Site:
 
     config: Config
     _trainer: LoraTrainer | None = None
+    _start: Arrays = field(default_factory=dict)
     _texts: Texts | None = None
     _rows: list[Any] | None = None
     _parts: list[list[int]] = field(default_factory=list)
@@ -52,6 +54,7 @@ class Site:
                 self._trainer = LoraTrainer(
                     _model(self.config), described.rank, described.alpha, targets, described.factors
                 )
+            self._start = self._trainer.arrays()
         return self._trainer
 
     def examples(self, context: Any) -> tuple[list[Example], list[Example]]:
@@ -99,7 +102,8 @@ class Site:
         client, preset = self.config.client, self.config.messages.preset
         first = list[Any]()
         if self.config.messages.downlink != "full":
-            first = [DownlinkMod(self.trainer().identity, self.memory(context), client_name(context))]
+            identity = self.trainer().identity
+            first = [DownlinkMod(identity, self.memory(context), client_name(context), lambda: self._start)]
         if not training:
             return first
         speed, name = _uplink(client.uplink, context), client_name(context)

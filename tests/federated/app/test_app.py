@@ -75,6 +75,8 @@ def test_learns_and_saves_adapters_that_peft_loads(site: Path, tmp_path: Path) -
         {"tokens__keep": 0.5, "tokens__every": 2, "messages__downlink": "fstq", "messages__downlink_bytes": 900},
         {"messages__preset": "top-k", "messages__downlink": "lossless", "server__strategy": "FedAvgM",
          "strategy__server_momentum": 0.5},
+        {"messages__preset": "mosaic", "messages__downlink": "fstq", "messages__downlink_bytes": 900,
+         "messages__downlink_start": "drawn", "server__average": 4.0},
     ],
 )  # fmt: skip
 def test_resumed_is_the_same_bit_for_bit(site: Path, tmp_path: Path, more: dict[str, Any]) -> None:
@@ -97,6 +99,9 @@ def test_downlink_bytes_fall_and_tokens_are_left_out(site: Path, tmp_path: Path)
     ours = start(site, tmp_path / "ours", messages__downlink="fstq", messages__downlink_bytes=900, tokens__keep=0.5,
                  tokens__every=2)  # fmt: skip
     assert ours[-1]["bytes_down"] < 0.3 * plain[-1]["bytes_down"] and ours[-1]["held_out_loss"] < 5
+    drawn = start(site, tmp_path / "drawn", messages__downlink="fstq", messages__downlink_bytes=900,
+                  messages__downlink_start="drawn")  # fmt: skip
+    assert drawn[0]["bytes_down"] < 0.3 * ours[0]["bytes_down"] and drawn[0]["used"] == 3
     assert list((tmp_path / "ours/memory").glob("tokens-*")) and not list((tmp_path / "plain/memory").glob("tokens-*"))
 
 
