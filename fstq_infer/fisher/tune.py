@@ -25,10 +25,10 @@ from fstq_infer.fisher.probe import Probe, ProbeInput
 from fstq_infer.fisher.prune import pruning
 from fstq_infer.fisher.select import keep_count
 
-KEEPS = (0.5, 0.25, 0.25, 0.125)  # keep ratios seen while tuning
+KEEPS = (0.5, 0.25, 0.125, 0.125)  # keep ratios seen while tuning
 RATE, WARM = 1e-3, 20  # of AdamW, and steps over which it rises; it falls along a cosine
 ROWS, TOKENS = 8, 2560  # of a step, at most; of longer items fewer rows
-WARMEST, COLDEST = 0.5, 0.3  # temperature of the gates, at first and at last
+WARMEST, COLDEST = 0.5, 0.25  # temperature of the gates, at first and at last
 SHUT = 0.02  # a gate below lets nothing through
 HALVINGS = 30
 
