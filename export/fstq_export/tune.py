@@ -161,7 +161,7 @@ class _Targets:
         if missing:
             batch = collate([self.texts[index] for index in missing])
             logs = _logits(self.decoder, {}, batch).log_softmax(-1)
-            for index, part in zip(missing, logs.split(follows(batch).sum(1).tolist()), strict=True):
+            for index, part in zip(missing, torch.split(logs, follows(batch).sum(1).tolist()), strict=True):
                 found[index] = part
                 if part.numel() <= self._room:
                     self._kept[index] = part.half()
