@@ -31,7 +31,7 @@ from fstq_infer.fisher.hooks import Decoder
 from fstq_infer.fisher.items import Item
 
 FITTING, HELD = 1024, 192  # texts; an export fits small models to up to 1,350
-LENGTH = 256  # tokens of a sampled story
+LENGTH, AT_ONCE = 256, 128  # tokens of a sampled story; stories that are written together
 MODELS = ("demo", "stories260k")
 BITS, UNIFORM = 5.0, "uniform int4"
 
@@ -48,14 +48,17 @@ def stories(decoder: Decoder, count: int, seed: int) -> list[Item]:
     """Texts that the model writes itself at temperature 1."""
     generator = torch.Generator().manual_seed(seed)
     config: Any = decoder.model.config
-    ids = current = torch.full((count, 1), config.bos_token_id)
-    cache = None
-    while ids.shape[1] < LENGTH:
-        output = decoder.model(input_ids=current, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        current = torch.multinomial(output.logits[:, -1].softmax(-1), 1, generator=generator)
-        ids = torch.cat([ids, current], 1)
-    return [Item(tuple(row), ()) for row in ids.tolist()]
+    written: list[Item] = []
+    while len(written) < count:
+        ids = current = torch.full((min(AT_ONCE, count - len(written)), 1), config.bos_token_id)
+        cache = None
+        while ids.shape[1] < LENGTH:
+            output = decoder.model(input_ids=current, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            current = torch.multinomial(output.logits[:, -1].softmax(-1), 1, generator=generator)
+            ids = torch.cat([ids, current], 1)
+        written += [Item(tuple(row), ()) for row in ids.tolist()]
+    return written
 
 
 def told(step: str, done: int, total: int) -> None:

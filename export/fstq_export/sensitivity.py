@@ -33,6 +33,7 @@ WINDOW = 512  # last tokens of a text that are read
 LOGITS = 1 << 26  # in memory at once
 SAMPLED = 1 << 27  # numbers kept on disk, 4 bytes each, over all matrices
 FEWEST, MOST = 256, 32768  # sampled tokens
+SPARSE = 4  # of so many tokens that are computed, one is sampled where there are more texts than room
 LARGEST = 1 << 26  # numbers kept of one matrix
 CHUNK = 1 << 24  # output errors in memory at once
 HELD = 4  # every so many-th sample measures damage, the others fit scales and codes
@@ -127,14 +128,14 @@ class Collector:
 
     def run(self, items: Sequence[Item], progress: Callable[[int], None]) -> dict[str, Samples]:
         """Samples by site. items: texts; of long ones the last tokens. progress: items done."""
-        texts = shortened(items)
+        texts = self._enough(shortened(items))
         tokens = sum(map(len, texts))
         self._open(tokens)
         done = 0
         for indices, batch in batches(texts, tokens=batch_tokens(self.decoder)):
             self._batch(batch, tokens)
             done += len(indices)
-            progress(done)
+            progress(done * len(items) // len(texts))
         self.groups = self._grouped()
         self._inputs.clear()
         return {
@@ -142,9 +143,18 @@ class Collector:
             for name, (inputs, gradients) in self._files.items()
         }
 
+    def _count(self, tokens: int) -> int:
+        """Tokens whose samples there is room for."""
+        return min(MOST, max(FEWEST, SAMPLED // sum(sum(shape(site.module)) for site in self._sites)), tokens)
+
+    def _enough(self, texts: Sequence[Item]) -> Sequence[Item]:
+        """Some of many texts, evenly drawn: those beyond would only thin out what is sampled of each."""
+        tokens = sum(map(len, texts))
+        return texts[:: max(1, tokens // (SPARSE * self._count(tokens)))]
+
     def _open(self, tokens: int) -> None:
         widths = {site.name: shape(site.module) for site in self._sites}
-        count = min(MOST, max(FEWEST, SAMPLED // sum(map(sum, widths.values()))), tokens)
+        count = self._count(tokens)
         for number, site in enumerate(self._sites):
             outputs, inputs = widths[site.name]
             outputs, inputs = (inputs, 0) if site.lookup else (outputs, inputs)

@@ -36,6 +36,7 @@ CHECKED, MOST_CHECKED = 8, 64  # every so many-th text is not trained on, but te
 CHECKS = 4  # times that it is asked
 STATES = 8 * 4  # bytes per weight: codes, gradient, two moments; number, its gradient; the old weight, the kept codes
 LOGIT_COPIES = 6
+MOST_TARGETS = 1 << 28  # log-probabilities that stay in memory, 2 bytes each
 DEFAULTS = ((1 << 20, 1000), (8 << 20, 200))  # (weights, steps): beyond the last none, as they would take hours
 
 
@@ -79,7 +80,9 @@ def tune(
             f"{len(training)} texts are too few to train codes with, at least {FEWEST} are needed; give more "
             "calibration data, or --tune-codes 0"
         )
-    _require_memory(decoder, known, codes, count := _at_once(training, decoder), max(map(len, training)))
+    count = _at_once(training, decoder)
+    targets = _Targets(decoder, training, MOST_TARGETS if steps * count > len(training) else 0)
+    _require_memory(decoder, known, codes, count, max(map(len, training)), targets.most)
     trainer = _Trainer(decoder, known, codes, steps)
     meter = Meter(decoder, held)
     meter.measure()
@@ -92,8 +95,8 @@ def tune(
     least, at = before, 0
     if not trainer.latents:
         return Tuned(best, steps, 0, before, before)
-    for number, batch in enumerate(_drawn(training, count, steps, seed), 1):
-        trainer.step(batch)
+    for number, indices in enumerate(_drawn(len(training), count, steps, seed), 1):
+        trainer.step(collate([training[index] for index in indices]), targets.of(indices))
         progress(number)
         if number % max(1, steps // CHECKS) == 0 or number == steps:
             found = trainer.codes()
@@ -107,32 +110,75 @@ def _at_once(texts: Sequence[Item], decoder: Decoder) -> int:
     return max(1, min(TEXTS, batch_tokens(decoder) // max(map(len, texts))))
 
 
-def _drawn(texts: Sequence[Item], count: int, steps: int, seed: int) -> Iterator[Batch]:
-    """Batches of texts in a random order, each once before any comes again."""
+def _drawn(texts: int, count: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """Indices of ``count`` texts at a time in a random order, each once before any comes again."""
     rng = np.random.default_rng(seed)
     order: list[int] = []
     for _ in range(steps):
         if len(order) < count:
-            order = rng.permutation(len(texts)).tolist()
-        yield collate([texts[index] for index in order[:count]])
+            order = rng.permutation(texts).tolist()
+        yield order[:count]
         del order[:count]
 
 
 def _require_memory(
-    decoder: Decoder, known: Mapping[str, Weight], codes: Mapping[str, Quantized], texts: int, longest: int
+    decoder: Decoder, known: Mapping[str, Weight], codes: Mapping[str, Quantized], texts: int, longest: int, kept: int
 ) -> None:
     weights = sum(known[name].size for name, found in codes.items() if found.format.is_integer)
     config: Any = decoder.model.config
     text = config.get_text_config(decoder=True)
     # What a layer keeps for the backward pass: about twenty times its input, and attention weights three times.
     layer = 20 * text.hidden_size + 3 * text.num_attention_heads * longest
-    needed = STATES * weights + 4 * texts * longest * (LOGIT_COPIES * text.vocab_size + layer * len(decoder.layers))
+    needed = (
+        STATES * weights
+        + 2 * kept
+        + 4 * texts * longest * (LOGIT_COPIES * text.vocab_size + layer * len(decoder.layers))
+    )
     free = available_memory()
     if free is not None and needed > free:
         raise OptionError(
             f"training the codes of {weights:,} weights needs about {needed / 2**30:.1f} GiB of memory, but "
             f"{free / 2**30:.1f} GiB are available; close other programs, or leave codes as they are: --tune-codes 0"
         )
+
+
+class _Targets:
+    """Log-probabilities that the model as it is gives; up to ``most`` of them stay for texts that come again."""
+
+    def __init__(self, decoder: Decoder, texts: Sequence[Item], most: int) -> None:
+        self.decoder, self.texts = decoder, texts
+        config: Any = decoder.model.config
+        vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+        self.most = min(most, vocabulary * sum(map(len, texts)))
+        self._kept: dict[int, torch.Tensor] = {}
+        self._room = self.most
+
+    @torch.no_grad()
+    def of(self, indices: Sequence[int]) -> torch.Tensor:
+        """(N, vocab) of all tokens of these texts that another follows, text by text."""
+        missing = [index for index in indices if index not in self._kept]
+        found = dict(self._kept)
+        if missing:
+            batch = collate([self.texts[index] for index in missing])
+            logs = _logits(self.decoder, {}, batch).log_softmax(-1)
+            for index, part in zip(missing, torch.split(logs, follows(batch).sum(1).tolist()), strict=True):
+                found[index] = part
+                if part.numel() <= self._room:
+                    self._kept[index] = part.half()
+                    self._room -= part.numel()
+        return torch.cat([found[index].float() for index in indices])
+
+
+def _logits(decoder: Decoder, numbers: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+    """(N, vocab) float32 of all tokens that another follows; numbers: parameters to compute with instead, by name."""
+    inputs = {
+        "input_ids": batch.ids,
+        "attention_mask": batch.valid.long(),
+        "position_ids": batch.positions,
+        "use_cache": False,
+    }
+    logits: torch.Tensor = functional_call(decoder.model, dict(numbers), (), inputs).logits
+    return logits[:, :-1][follows(batch)].float()
 
 
 class _Trainer:
@@ -151,29 +197,23 @@ class _Trainer:
         if self.latents:
             groups = (("codes", CODE_RATE), ("scales", SCALE_RATE))
             self.optimizer = torch.optim.Adam(
-                [{"params": [getattr(one, what) for one in self.latents.values()], "lr": rate} for what, rate in groups]
+                [
+                    {"params": [getattr(one, what) for one in self.latents.values()], "lr": rate}
+                    for what, rate in groups
+                ],
+                fused=True,
             )
             share = WARM * steps
             self.schedule = torch.optim.lr_scheduler.LambdaLR(
                 self.optimizer, lambda n: min(1.0, (n + 1) / share) * (1 + math.cos(math.pi * n / steps)) / 2
             )
 
-    def step(self, batch: Batch) -> None:
-        """One step of the optimizer. Raises ExportError when the loss is no number."""
-        inputs = {
-            "input_ids": batch.ids,
-            "attention_mask": batch.valid.long(),
-            "position_ids": batch.positions,
-            "use_cache": False,
-        }
-        wanted = follows(batch)
-        model: Any = self.decoder.model
-        with torch.no_grad():
-            target = model(**inputs).logits[:, :-1][wanted].float().log_softmax(-1)
+    def step(self, batch: Batch, target: torch.Tensor) -> None:
+        """One step of the optimizer. target: (N, vocab) log-probabilities. Raises ExportError for a loss of nan."""
         with torch.enable_grad():  # inputs are not rounded here: it would cost half as much again
             numbers = self.fixed | {_parameter(one.weight): one.number() for one in self.latents.values()}
-            logits = functional_call(model, numbers, (), inputs).logits[:, :-1][wanted].float().log_softmax(-1)
-            loss = functional.kl_div(logits, target, reduction="batchmean", log_target=True)
+            logs = _logits(self.decoder, numbers, batch).log_softmax(-1)
+            loss = functional.kl_div(logs, target, reduction="batchmean", log_target=True)
         if not math.isfinite(loss.item()):
             raise ExportError(
                 f"training codes came to a loss of {loss.item()} in step {self.done + 1}; export with --tune-codes 0"

@@ -157,6 +157,19 @@ def test_collected_samples_and_groups(frozen: Decoder, tmp_path: Path) -> None:
     assert samples["lm_head"].gradients.shape[1] == families.VOCABULARY
 
 
+def test_of_many_texts_no_more_run_than_samples_need(
+    frozen: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, "MOST", 256)
+    done: list[int] = []
+    collector = Collector(frozen, tmp_path, 0)
+    texts = items(200)
+    assert len(collector._enough(texts)) == 34 and collector._enough(texts[:8]) == texts[:8]
+    samples = collector.run(texts, done.append)
+    assert done[-1] == 200
+    assert all(200 < len(one.gradients) <= 256 for one in samples.values())
+
+
 def test_memory_is_bounded_by_the_number_of_samples(
     frozen: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

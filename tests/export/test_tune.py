@@ -102,6 +102,18 @@ def test_a_latent_matrix_begins_as_it_was_rounded(frozen: Decoder) -> None:
         assert float(latent.codes.grad.abs().min()) > 0
 
 
+def test_targets_that_stay_are_those_computed_anew(frozen: Decoder) -> None:
+    """Half precision ones, text by text, whatever else is in the batch."""
+    texts = [Item(tuple(families.ids(8 + 3 * i, i)), ()) for i in range(6)]
+    kept, fresh = tune._Targets(frozen, texts, 1 << 20), tune._Targets(frozen, texts, 0)
+    assert fresh.most == 0 and kept.most == 512 * sum(map(len, texts))
+    for indices in ([4, 1, 2], [2, 5, 4], [0, 3]):
+        one, two = kept.of(indices), fresh.of(indices)
+        assert one.shape == (sum(len(texts[i]) - 1 for i in indices), 512)
+        torch.testing.assert_close(one, two, atol=1e-2, rtol=1e-3)
+    assert not fresh._kept and set(kept._kept) == set(range(6))
+
+
 def test_too_few_texts(frozen: Decoder) -> None:
     with pytest.raises(OptionError, match=r"7 texts are too few.*--tune-codes 0"):
         tune.tune(frozen, weights(frozen), rounded(frozen, "int4-32"), items(9), 4, 0)
