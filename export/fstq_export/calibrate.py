@@ -197,9 +197,12 @@ class Calibrator:
         best = min(trials, key=held.rating)
         spans = [trial(best.kind, best.layer, best.score, best.probe.with_span(n)) for n in SPANS]
         best = min((best, *spans), key=held.rating)
-        if best.score == "gate" and held.rating(best) > held.best_rating(best):
-            # Tuning lifts gate-distilled probes; those distilled from embedding scores lost by it at every setting.
-            tuned = trial("tuned", best.layer, best.score, self._tuned(best, seen, cuts))
+        # Tuning lifts gate-distilled probes; those distilled from embedding scores lost by it at every setting.
+        # Where the nll counts, it may lift the former above the latter.
+        starts = [best] if held.dense.metric == "exact match" else [t for t in trials if t.layer == best.layer]
+        start = next((t for t in starts if t.score == "gate"), None)
+        if start is not None and held.rating(best) > held.best_rating(best):
+            tuned = trial("tuned", start.layer, start.score, self._tuned(start, seen, cuts))
             best = min((best, tuned), key=held.rating)
         return best
 
