@@ -262,9 +262,7 @@ def main() -> None:
     kinds: dict[str, Task] = {}
     for seed in range(seeds):
         with tempfile.TemporaryDirectory(prefix="fstq-bench-") as scratch:
-            for task in tasks(Path(scratch), seed, arguments.short):
-                if arguments.only not in (None, task.name):
-                    continue
+            for task in tasks(Path(scratch), seed, arguments.short, arguments.only):
                 kinds |= {task.name: task, **({SECOND: task} if task.again else {})}
                 for name, found in remembered(task, seed, Path(scratch), arguments.partial).items():
                     for key, more in found.items():

@@ -94,12 +94,19 @@ def stories(model: Path, path: Path, count: int, seed: int) -> Path:
     return save(path, rows[:count])
 
 
-def tasks(folder: Path, seed: int, short: bool) -> list[Task]:
-    """What is measured; for each seed other draws of the same generators."""
+def tasks(folder: Path, seed: int, short: bool, only: str | None = None) -> list[Task]:
+    """What is measured, or the one task of that name; for each seed other draws of the same generators."""
+    makers = {DEMO: lambda: _demo(folder, seed, short)}
+    if not short and all((SHARED / "models" / name).exists() for name in (RECALL, STORIES)):
+        makers = {RECALL: _recall, STORIES: lambda: _stories(folder, seed), **makers}
+    return [make() for name, make in makers.items() if only in (None, name)]  # drawing texts takes minutes
+
+
+def _demo(folder: Path, seed: int, short: bool) -> Task:
     lengths = (256,) if short else (512, 1000)
     calibration = (128, 256) if short else (256, 512, 1000)
     count, asked = (300, 60) if short else (900, 120)
-    demo = Task(
+    return Task(
         DEMO,
         MODEL,
         2,
@@ -109,20 +116,18 @@ def tasks(folder: Path, seed: int, short: bool) -> list[Task]:
         again=None if short else {n: second_questions(n, asked // 2, 3000 + seed) for n in lengths},
         stages=None if short else (1, 2),
     )
-    recall, items, told = SHARED / "models" / RECALL, SHARED / "data" / "recall", SHARED / "models" / STORIES
-    if short or not (recall.exists() and told.exists()):
-        return [demo]
-    validation = Test(data.read(items / "val.jsonl"))
-    return [
-        Task(RECALL, recall, 2, items / "calib.jsonl", {150: validation}, {0.5: 0.98, 0.25: 0.85}, stages=(1, 2)),
-        Task(
-            STORIES,
-            told,
-            2,
-            stories(told, folder / "stories.jsonl", 1200, 4000 + seed),
-            {PROMPT: Test(data.read(stories(told, folder / "told.jsonl", 200, 5000 + seed)))},
-            {},
-            "nll",
-        ),
-        demo,
-    ]
+
+
+def _recall() -> Task:
+    items = SHARED / "data" / "recall"
+    tests = {150: Test(data.read(items / "val.jsonl"))}
+    return Task(
+        RECALL, SHARED / "models" / RECALL, 2, items / "calib.jsonl", tests, {0.5: 0.98, 0.25: 0.85}, stages=(1, 2)
+    )
+
+
+def _stories(folder: Path, seed: int) -> Task:
+    told = SHARED / "models" / STORIES
+    calibration = stories(told, folder / "stories.jsonl", 1200, 4000 + seed)
+    tests = {PROMPT: Test(data.read(stories(told, folder / "told.jsonl", 200, 5000 + seed)))}
+    return Task(STORIES, told, 2, calibration, tests, {}, "nll")
