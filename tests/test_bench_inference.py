@@ -161,7 +161,7 @@ def test_workers_come_in_waves_where_memory_is_short(
     monkeypatch.setattr(module.Worker, "mapped", lambda _: mapped)
     monkeypatch.setattr(module, "PAUSE", 0.0)
     maker = SimpleNamespace(name="tiny", path=lambda _artefact: tiny_bundle.path, peers=sys.executable)
-    ours = (lineup.own("w8", 1.0), lineup.own("w8", 0.25), lineup.own("fp32", 1.0))
+    ours = (lineup.own("w8", 1.0), lineup.own("w4+8", 0.25), lineup.own("fp32", 1.0))
     absent = lineup.Contender("onnxruntime-genai int8", "onnxruntime-genai", (("-", {}),))
     case = module.Case(maker, bench("shapes").SHAPES["tiny"], 40, 3, 1, 2, (*ours, absent), {}, 1 << 16)
     found = case.measure()

@@ -37,7 +37,7 @@ def test_devices_targets_formats_and_backends() -> None:
     assert words("fstq plan --device orin-n") == [name for name in device.names() if name.startswith("orin-n")]
     assert words("fstq plan --device al") == ["all"]
     assert words("fstq lint b --target th") == ["thor"]
-    assert words("fstq export m --precision int4") == ["int4", "int4-64", "int4-128"]
+    assert words("fstq export m --precision int4") == ["int4", "int4-64", "int4-128", "int4-128-dynamic"]
     assert words("fstq run b --backend tensorrt") == ["tensorrt", "tensorrt-rtx"]
 
 

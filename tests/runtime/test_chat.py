@@ -190,13 +190,13 @@ GROW = "{% set ns = namespace(x='abcdefgh') %}{% for i in range(60) %}{% set ns.
     ],
 )
 def test_hostile_templates_are_stopped_quickly(source: str) -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     try:
         text = render(source)
     except PromptError:
         text = ""
     assert len(text) < 1000
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_output_is_capped() -> None:
