@@ -30,7 +30,7 @@ try:
 except ImportError:  # outside POSIX builds are not serialised
     fcntl = None  # type: ignore[assignment]
 
-FORMAT, LAYOUT, SIDECAR = "fstq-engine", 5, "engine.json"
+FORMAT, LAYOUT, SIDECAR = "fstq-engine", 6, "engine.json"
 SIDECAR_CAP = 1 << 20
 PARTIAL = re.compile(r"\.[0-9a-f]{20}\.partial-[0-9]+")  # of a key, see fstq_infer/atomic.py
 CPUINFO = Path("/proc/cpuinfo")
