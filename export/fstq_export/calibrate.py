@@ -230,15 +230,15 @@ class Calibrator:
                 done += EPOCHS
                 yield "distilled", layer, score, probe.with_span(SPAN)
 
-    def _tuned(self, best: Trial, seen: Sequence[Observation], cuts: Sequence[Cut]) -> Probe:
-        """The best trial's probe, tuned through sampled gates; what a span was to do it learns itself."""
-        probe = best.probe.with_span(1)
-        label = f"tune probe, layer {best.layer}"
+    def _tuned(self, start: Trial, seen: Sequence[Observation], cuts: Sequence[Cut]) -> Probe:
+        """A trial's probe, tuned through sampled gates; what a span was to do it learns itself."""
+        probe = start.probe.with_span(1)
+        label = f"tune probe, layer {start.layer}"
         with self._timed("tune"):
             tuning.tune(
                 probe,
                 self.decoder,
-                best.layer,
+                start.layer,
                 self.training,
                 seen,
                 self.recipe.sink,
